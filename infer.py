@@ -1,0 +1,302 @@
+"""Colour gray photos with the palettes of style pictures, using a checkpoint that train.py made.
+
+    python infer.py gray.jpg style.jpg                       writes gray_style.png
+    python infer.py photos/ paintings/ --output results      every photo with every painting
+    python infer.py gray.jpg a.jpg --styles b.jpg --blend 2,1
+    python infer.py photos/ paintings/ --grid --output sheet.png
+
+The network only ever sees the photo at about its training size. Its answer, the a and b planes, is enlarged
+to the size of the photo and joined with the photo's own L: as sharp as the input, whatever its size.
+
+    style --fit, encode--> z (1, D) --.
+    photo --fit, gray_of--> (1, 1, h, w) --colorize--> a, b (h, w) --enlarge, join L--> picture (H, W)
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, lab_to_rgb, list_pictures, mean_chroma,
+                  network_to_rgb, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show, square,
+                  to_picture, to_tensor)
+from model import Colorizer, ModelConfig
+
+FORMAT = 1  # of checkpoints; a program that reads more than before counts on
+SHIPPED = Path(__file__).parent / "weights" / "colorizer.pt"
+STRIP_PIXELS = 1 << 18  # pixels that are joined at a time; sets the memory beyond the decoded pictures
+
+
+# ---- checkpoints ------------------------------------------------------------------------------------------
+
+def pick_device(name):
+    """"auto", "cpu", "cuda" or "mps" -> torch.device. Raises UserError for one that is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
+    return torch.device(name)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of train.py: a dictionary of tensors and plain values. Raises UserError.
+
+    weights_only=True: a checkpoint is data, and no code that somebody put into it is ever run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{show(path)}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        version, config, weights = checkpoint["format"], dict(checkpoint["model"]), dict(checkpoint["weights"])
+        size = int(checkpoint["settings"]["size"])
+    except Exception:  # a torn zip, a foreign pickle, a picture: the cure is the same
+        raise UserError(f"{show(path)}: not a checkpoint of this program, or a damaged one; train.py writes them "
+                        "as last.pt and best.pt") from None
+    if version != FORMAT:
+        raise UserError(f"{show(path)}: checkpoint format {version}, but this program reads format {FORMAT}; "
+                        "update the program")
+    # Checked before anything is built: a width of a million would ask for terabytes.
+    sane = {"color": lambda v: v in ("rgb", "lab"), "width": lambda v: isinstance(v, int) and 1 <= v <= 256,
+            "latent": lambda v: isinstance(v, int) and 1 <= v <= 4096, "dropout": lambda v: isinstance(v, float) and 0 <= v < 1,
+            "style": lambda v: isinstance(v, bool), "sigmoid": lambda v: isinstance(v, bool)}
+    fits = 16 <= size <= 4096 and config.keys() == sane.keys() and all(sane[k](v) for k, v in config.items())
+    if fits:
+        with torch.device("meta"):  # shapes without memory
+            expected = Colorizer(ModelConfig(**config)).state_dict()
+        fits = {k: v.shape for k, v in expected.items()} == {k: getattr(v, "shape", None) for k, v in weights.items()}
+    if not fits:
+        raise UserError(f"{show(path)}: its settings and its weights do not describe a network of this program")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint file -> (the network in evaluation mode, the size it was trained at)."""
+    checkpoint = load_checkpoint(path)
+    model = Colorizer(ModelConfig(**checkpoint["model"]))
+    model.load_state_dict(checkpoint["weights"])  # the shipped file is in half precision; this makes it fp32
+    return model.to(device).eval(), int(checkpoint["settings"]["size"])
+
+
+# ---- pictures in, pictures out ----------------------------------------------------------------------------
+
+def fit(picture, size):
+    """Scale a PIL picture so that its short side is `size`, its shape kept; the long one at most 4 x size.
+
+    Returns (1, 3, h, w) in [0, 1].
+    """
+    W, H = picture.size
+    scale = size / min(W, H)
+    w, h = (min(4 * size, max(1, round(side * scale))) for side in (W, H))
+    small = picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
+    return to_tensor(small)[None] / 255                                               # (1, 3, h, w)
+
+
+@torch.no_grad()
+def encode(model, picture, size):
+    """A PIL style picture -> its code z (1, D)."""
+    device = next(model.parameters()).device
+    return model.encode_style(rgb_to_network(fit(picture, size).to(device), model.config.color))
+
+
+@torch.no_grad()
+def colorize(model, picture, z, size, strength=1., raw=False):
+    """Colour a PIL photo of any size with the code z (1, D); returns a PIL picture.
+
+    Of a colour photo only the L is used. strength scales the chroma: 0 gray, 1 as the network says.
+    raw: the network's own small picture instead of the photo's L with enlarged colours.
+    """
+    device = next(model.parameters()).device
+    gray = gray_of(fit(picture, size).to(device))                                     # (1, 1, h, w)
+    out = network_to_rgb(model.colorize(gray, z), gray, model.config.color).clamp(0, 1)
+    lab = rgb_to_lab(out).cpu()                                                       # (1, 3, h, w)
+    lab[:, 1:] *= strength
+    if raw:
+        return to_picture(lab_to_rgb(lab)[0])
+
+    # Joined in strips of rows, so that memory does not grow with the photo beyond the two pictures
+    # themselves. Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
+    W, H = picture.size
+    planes = [Image.fromarray(plane.numpy()) for plane in lab[0, 1:]]                 # mode F, (h, w)
+    result = Image.new("RGB", (W, H))
+    rows = max(1, STRIP_PIXELS // W)
+    for y in range(0, H, rows):
+        end = min(y + rows, H)
+        strip = to_tensor(picture.crop((0, y, W, end)))[None] / 255                   # (1, 3, rows, W)
+        box = (0, y * lab.shape[2] / H, lab.shape[3], end * lab.shape[2] / H)
+        ab = [np.array(p.resize((W, end - y), Image.Resampling.BICUBIC, box=box)) for p in planes]
+        strip = torch.cat([rgb_to_lab(strip)[:, :1], torch.from_numpy(np.stack(ab))[None]], dim=1)
+        result.paste(to_picture(lab_to_gamut(strip)[0]), (0, y))
+    return result
+
+
+def sheet(model, photos, styles, size, own):
+    """The figure 8 of some photos: a row each, with the gray photo and its colourings.
+
+    photos: PIL pictures; styles: (PIL picture, z) pairs, shown in the first row; own: a second column with
+    each photo coloured in its own colours. Cells are centre squares. Returns a PIL picture.
+    """
+    first = 2 if own else 1
+    cells = {(0, first + i): square(picture, size) for i, (picture, _) in enumerate(styles)}
+    for row, photo in enumerate(photos, start=1):
+        photo = square(photo, size)
+        cells[row, 0] = to_picture(gray_of(to_tensor(photo)[None] / 255).expand(-1, 3, -1, -1)[0])
+        codes = [z for _, z in styles]
+        if own:
+            codes = [encode(model, photo, size) if model.config.style else None] + codes
+        cells.update({(row, 1 + i): colorize(model, photo, z, size) for i, z in enumerate(codes)})
+    rows, columns = (max(c[i] for c in cells) + 1 for i in (0, 1))
+    page = Image.new("RGB", (columns * (size + 4) + 4, rows * (size + 4) + 4), "white")
+    for (row, column), cell in cells.items():
+        page.paste(cell, (4 + column * (size + 4), 4 + row * (size + 4)))
+    return page
+
+
+def histograms(codes, names):
+    """Figures 5 and 7: one histogram for each code (N, D), all on the same axis. Returns a PIL picture."""
+    top = max(codes.abs().max().item(), 1e-6)
+    counts = torch.stack([torch.histc(z, 40, -top, top) for z in codes])              # (N, 40)
+    page = Image.new("RGB", (420, 110 * len(names)), "white")
+    pen = ImageDraw.Draw(page)
+    for row, (name, bars) in enumerate(zip(names, counts)):
+        y = 110 * row + 88
+        for i, n in enumerate(bars.tolist()):
+            pen.rectangle([10 + 10 * i, y - 66 * n / counts.max().item(), 18 + 10 * i, y], fill="steelblue")
+        pen.text((10, y - 84), ascii(name)[1:-1][:60], fill="black")
+        for x, value in [(10, -top), (200, 0), (370, top)]:
+            pen.text((x, y + 2), f"{value:.3g}", fill="gray")
+    return page
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+def pictures_of(arguments):
+    """Files and folders -> files."""
+    found = []
+    for argument in arguments:
+        inside = list_pictures(argument) if Path(argument).is_dir() else [Path(argument)]
+        if not inside:
+            raise UserError(f"{show(argument)}: no picture in this folder ({' '.join(sorted(EXTENSIONS))})")
+        found += inside
+    return found
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="infer.py", usage="python infer.py PHOTO... STYLE [options]    (python infer.py --help lists them)",
+        description="Colour gray photos with the palette of a style picture.")
+    parser.add_argument("pictures", nargs="+", metavar="PHOTO... STYLE", help="files or folders; the last is the style")
+    parser.add_argument("--styles", nargs="+", default=[], metavar="FILE", help="more style pictures or folders")
+    parser.add_argument("--output", default=".", help="a file, or a folder for PHOTO_STYLE.png (default: here)")
+    parser.add_argument("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint (default: the one that ships)")
+    parser.add_argument("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    parser.add_argument("--raw", action="store_true", help="the network's own small output, not joined with the photo")
+    parser.add_argument("--grid", action="store_true", help="one sheet with all photos and styles, as in figure 8")
+    parser.add_argument("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
+    parser.add_argument("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
+    parser.add_argument("--latents", action="store_true",
+                        help="all pictures are styles: print their codes' statistics and draw histograms")
+    args = parser.parse_args(argv)
+    if not args.latents and len(args.pictures) < 2:
+        parser.error("a style picture is missing: name a photo and then a style, as in  python infer.py gray.jpg style.jpg")
+    if args.size and not 16 <= args.size <= 4096:
+        parser.error("--size must be between 16 and 4096")
+    if not 0 <= args.strength <= 10:
+        parser.error("--strength must be between 0 and 10")
+    if args.blend:
+        try:
+            args.blend = [float(w) for w in args.blend.split(",")]
+        except ValueError:
+            args.blend = []
+        if not all(abs(w) < 1e6 for w in args.blend) or abs(sum(args.blend)) < 1e-6:
+            parser.error("--blend takes numbers with commas between them that do not add up to 0, as in 2,1")
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    photos = [] if args.latents else pictures_of(args.pictures[:-1])
+    style_paths = pictures_of((args.pictures if args.latents else args.pictures[-1:]) + args.styles)
+    if args.blend and len(args.blend) != len(style_paths):
+        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles")
+    output = Path(args.output)
+    one_file = output.suffix != "" and not output.is_dir() and not args.output.endswith("/")
+    if args.grid or args.latents:
+        wanted = 1
+    else:
+        wanted = len(photos) * (1 if args.blend else len(style_paths))
+    if one_file and wanted > 1:
+        raise UserError(f"--output {show(output)}: {wanted} pictures do not fit into one file; name a folder")
+    if one_file and output.suffix.lower() not in EXTENSIONS:
+        raise UserError(f"--output {show(output)}: unknown picture format ({' '.join(sorted(EXTENSIONS))}); "
+                        "a folder that is not there yet must end in /")
+
+    device = pick_device(args.device)
+    model, size = load_model(args.weights, device)
+    size = args.size or size
+    if not model.config.style:
+        raise UserError(f"{show(args.weights)}: a plain U-Net without style encoder; it cannot follow a style picture")
+
+    failed = 0
+    inputs = {p.resolve() for p in photos + style_paths}
+    taken = set()
+
+    def save(picture, name):
+        """Save under --output, or under `name` in that folder. An input is never overwritten."""
+        path = output if one_file else output / f"{name}.png"
+        for n in range(2, 10_000):  # a/x.jpg and b/x.jpg would both become x_style.png
+            if path not in taken:
+                break
+            path = output / f"{name}_{n}.png"
+        if path.resolve() in inputs:
+            raise UserError(f"{show(path)}: is one of the inputs, and stays; choose another --output")
+        taken.add(path)
+        save_atomically(path, picture.save)
+        print(show(path))
+
+    def readable(paths):
+        """(path, picture) of those that can be opened; the others get their line and count as failures."""
+        nonlocal failed
+        for path in paths:
+            try:
+                yield path, open_picture(path)
+            except UserError as error:
+                print(f"infer.py: {error}", file=sys.stderr)
+                failed += 1
+
+    styles = []  # (name, small picture, code): a style file is read and encoded once, for all photos
+    for path, picture in readable(style_paths):
+        styles.append((path.stem, square(picture, size), encode(model, picture, size)))
+    if not styles or (args.blend and failed):
+        return 1
+    if args.latents:
+        codes = torch.cat([z for *_, z in styles]).cpu()                              # (N, D)
+        print(f"{'style':40s} {'min':>8s} {'mean':>8s} {'max':>8s} {'deviation':>9s}")
+        for (name, *_), z in zip(styles, codes):
+            print(f"{show(name):40s} {z.min():8.3f} {z.mean():8.3f} {z.max():8.3f} {z.std(correction=0):9.3f}")
+        if len(styles) > 1:
+            spread = codes.std(0, correction=0)
+            print(f"spread over styles: {spread.mean():.4f}, {(spread > .01).sum()} of {len(spread)} dimensions alive")
+        save(histograms(codes, [name for name, *_ in styles]), "latents")
+        return min(failed, 1)
+    if args.blend:
+        z = sum(w * z for w, (*_, z) in zip(args.blend, styles)) / sum(args.blend)
+        styles = [("blend", styles[0][1], z)]
+    if args.grid:
+        pictures = [square(picture, size) for _, picture in readable(photos)]
+        own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
+        if pictures:
+            save(sheet(model, pictures, [(picture, z) for _, picture, z in styles], size, own), "grid")
+        return min(failed, 1)
+    for path, picture in readable(photos):
+        for name, _, z in styles:
+            save(colorize(model, picture, z, size, args.strength, args.raw), f"{path.stem}_{name}")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,19 @@
+"""Makes the files at the top importable, and offers the folder of shared pictures and weights where there is one."""
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOP = Path(__file__).parents[1]
+sys.path.insert(0, str(TOP))
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def shared():
+    """../shared: photos, trunk weights, golden pictures. Tests that need it are skipped where it is missing."""
+    folder = TOP.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("needs the folder ../shared (photos and trunk weights), which is not part of the project")
+    return folder
