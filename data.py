@@ -7,6 +7,7 @@ This file knows nothing of networks. See what a training folder holds:
 
     python data.py FOLDER
 """
+import contextlib
 import hashlib
 import math
 import os
@@ -227,7 +228,8 @@ def save_atomically(path, write):
         raise UserError(f"{show(path)}: cannot be written ({getattr(error, 'strerror', None) or error}); "
                         "free some space or choose another --output") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone already when all went well
+            part.unlink()
 
 
 def list_pictures(folder):

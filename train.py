@@ -320,7 +320,7 @@ def train(preset, given, resume, dry_run):
         scaler.load_state_dict(saved["scaler"])
     photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
     per_step = s.batch_size * s.accumulate
-    limit = s.steps or (sys.maxsize if s.minutes and "epochs" not in given else math.ceil(s.epochs * len(photos) / per_step))
+    limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * len(photos) / per_step))
     loading = dict(num_workers=s.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=Batches(len(photos), s.batch_size, s.seed, step * s.accumulate), **loading))
     val_photos = Photos(validation, s.size, s.seed, False)

@@ -1,0 +1,75 @@
+"""Writes lpips_fixture.npz: what the original LPIPS package answers, for test_losses.py to compare with.
+
+    pip install lpips==0.1.4 --no-deps
+    python tests/make_lpips_fixture.py
+
+torchvision, scipy and tqdm, which the package imports, are not needed: the package gets our trunks with seeded
+random weights, and uses nothing else of them. It runs in float64, so the file holds the exact answer.
+"""
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import losses  # noqa: E402
+
+FIXTURE = Path(__file__).with_name("lpips_fixture.npz")
+SIZES = {"vgg": 32, "alex": 64}  # large enough for the deepest tap
+# At a ReLU's kink (a max-pooling's tie) the gradient jumps, and fp32 rounding would decide to which side. The
+# seeds are such that no feature of the pictures is that close to one.
+SEEDS = {"vgg": 33, "alex": 0}
+
+
+def seeded_trunk(net):
+    """Random weights that keep the signal's size; with torch's own it fades until only epsilons are compared."""
+    torch.manual_seed(SEEDS[net])
+    trunk = losses.make_trunk(net)
+    for layer in trunk:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.normal_(layer.bias, std=.1)
+    return trunk
+
+
+def pictures(net):
+    """Two pairs of pictures in [0, 1], the second one of each pair a disturbed copy: 2 x (2, 3, S, S)."""
+    random = np.random.RandomState(SEEDS[net])  # this generator's numbers are promised never to change
+    x = random.rand(2, 3, SIZES[net], SIZES[net])
+    y = np.clip(x + .2 * random.randn(*x.shape), 0, 1)
+    return torch.from_numpy(x).float(), torch.from_numpy(y).float()
+
+
+def statistics(trunk):
+    """Mean absolute weight and bias of every convolution: other random numbers show here first."""
+    return np.array([p.detach().double().abs().mean().item() for p in trunk.parameters()])
+
+
+def main():
+    def pretrained(net):
+        return lambda pretrained: types.SimpleNamespace(features=seeded_trunk(net))
+    stubs = {"torchvision": {"models": types.SimpleNamespace(vgg16=pretrained("vgg"), alexnet=pretrained("alex"))},
+             "scipy": {}, "scipy.ndimage": {"zoom": None}, "tqdm": {"tqdm": None}}
+    for name, content in stubs.items():
+        sys.modules[name] = types.ModuleType(name)
+        vars(sys.modules[name]).update(content)
+    import lpips  # only now that it finds the stubs
+
+    found = {}
+    for net in SIZES:
+        original = lpips.LPIPS(net=net, verbose=False).double()
+        x, y = (t.double() for t in pictures(net))
+        x.requires_grad_()
+        value = original(x, y, normalize=True)[:, 0, 0, 0]                            # (2,)
+        value.sum().backward()
+        found.update({f"{net}_value": value.detach().numpy(), f"{net}_gradient": x.grad.float().numpy(),
+                      f"{net}_statistics": statistics(seeded_trunk(net))})
+        print(net, value.tolist(), x.grad.abs().max().item())
+    np.savez_compressed(FIXTURE, **found)
+
+
+if __name__ == "__main__":
+    main()
