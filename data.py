@@ -3,12 +3,14 @@
     a folder --list_pictures, usable--> paths --Photos--> uint8 crops --DataLoader--> train.py
     a file   --open_picture--> an 8-bit RGB picture whatever its format was
 
-This file knows nothing of networks. See what a training folder holds:
+This file knows nothing of networks. Look at a drawn scene, and at what a training folder holds:
 
-    python data.py FOLDER
+    python -c "import data; data.draw_scene(1).show()"
+    python -c "import data; print(len(data.usable(data.list_pictures('examples'), 100, data.MIN_CHROMA)))"
 """
 import contextlib
 import hashlib
+import http.client
 import math
 import os
 import sys
@@ -54,7 +56,8 @@ AB_SCALE = 110.  # the network sees and makes a, b divided by this: about [-1, 1
 
 def mix(matrix, x):
     """Multiply the three channels of x (B, 3, H, W) with a 3x3 numpy matrix."""
-    return torch.einsum("ij,bjhw->bihw", torch.tensor(matrix, dtype=torch.float32, device=x.device), x)
+    matrix = torch.from_numpy(matrix.astype(np.float32)).to(x.device)  # float64 does not exist on MPS
+    return torch.einsum("ij,bjhw->bihw", matrix, x)
 
 
 def srgb_to_linear(c):
@@ -147,13 +150,24 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0           # mean sqrt(a^2 + b^2) under which a training picture counts as gray
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+# EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when any other tag of the file is broken.)
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+           8: Image.Transpose.ROTATE_90}
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2        # Pillow refuses above twice this, and before that only
+warnings.filterwarnings("ignore", module="PIL")  # warns, as it does of every odd EXIF tag
 
 
 def show(path):
     """A path for a message: one printable line whatever characters the name is made of."""
     return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def reason(error):
+    """What an exception says, on one line: torch and web servers use several."""
+    text = str(getattr(error, "strerror", None) or getattr(error, "reason", None) or error)
+    return (text.splitlines() or [type(error).__name__])[0]
 
 
 def open_picture(path, at_least=None):
@@ -162,10 +176,9 @@ def open_picture(path, at_least=None):
     at_least: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 whose sides are not below this: much faster.
     Returns a PIL picture of mode RGB. Raises UserError, naming the file, for anything that cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists() would raise for a name that is too long
         raise UserError(f"{show(path)}: no such file")
-    if not path.is_file():  # a folder, or a pipe that would wait for ever
+    if not os.path.isfile(path):  # a folder, or a pipe that would wait for ever
         raise UserError(f"{show(path)}: not a file")
     try:
         with Image.open(path) as file:
@@ -173,19 +186,19 @@ def open_picture(path, at_least=None):
                 file.draft("RGB", (at_least, at_least))
             file.load()
             try:
-                picture = ImageOps.exif_transpose(file)
-            except Exception:  # broken EXIF tags are common, and no reason to refuse the pixels
-                picture = file.copy()
-            return to_rgb(picture)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+                turn = UPRIGHT.get(file.getexif().get(274))
+            except Exception:  # broken EXIF is common, and no reason to refuse the pixels
+                turn = None
+            return to_rgb(file.transpose(turn) if turn is not None else file)
+    except Image.DecompressionBombError:
         raise UserError(f"{show(path)}: more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first") from None
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = reason(error)
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not a picture format that Pillow knows" if path.stat().st_size else "the file is empty"
+            why = "not a picture format that Pillow knows" if os.path.getsize(path) else "the file is empty"
         if isinstance(error, PermissionError):
-            reason = "no permission to read it"
-        raise UserError(f"{show(path)}: cannot be read ({reason})") from None
+            why = "no permission to read it"
+        raise UserError(f"{show(path)}: cannot be read ({why})") from None
 
 
 def to_rgb(picture):
@@ -225,7 +238,7 @@ def save_atomically(path, write):
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise UserError(f"{show(path)}: cannot be written ({getattr(error, 'strerror', None) or error}); "
+        raise UserError(f"{show(path)}: cannot be written ({reason(error)}); "
                         "free some space or choose another --output") from None
     finally:
         with contextlib.suppress(OSError):  # gone already when all went well
@@ -241,7 +254,7 @@ def list_pictures(folder):
         if real not in seen:  # a link that leads back up would go round for ever
             found += [Path(root, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS]
         seen.add(real)
-    return sorted(p for p in found if not p.is_dir())
+    return sorted(found)
 
 
 def square(picture, size, rng=None):
@@ -310,7 +323,7 @@ def find_data(source, train_size, val_size, seed):
         n = min(train_size, 10_000)
         return list(range(n)), list(range(10_000, 10_000 + min(val_size, 500)))
     folder = Path(source) if source else imagenette()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"--data {show(folder)}: no such folder; give a folder of pictures or the word synthetic")
     rng = np.random.default_rng(seed)
     if (folder / "train").is_dir() and (folder / "val").is_dir():
@@ -395,8 +408,8 @@ class Batches:
 def draw_scene(number, width=192, height=160):
     """Picture `number` of an endless series: shapes in a few colours, drawn from the number alone.
 
-    Lightness and colour are drawn independently, so the gray version tells where the shapes are and nothing
-    about the palette: whoever colours it well has looked at the style. Returns a PIL RGB picture.
+    Lightness and colour are drawn independently, so the gray version shows shapes, but no palette: whoever
+    colours it well has looked at the style. Returns a PIL RGB picture.
     """
     rng = np.random.default_rng([7, number])
     colours = int(rng.integers(2, 5))
@@ -446,8 +459,8 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
             part.parent.mkdir(parents=True, exist_ok=True)
             download(url, part)
             os.replace(part, archive)
-        except OSError as error:  # URLError is one
-            raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}); run again to go on where it "
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise UserError(f"cannot download {url} ({reason(error)}); run again to go on where it "
                             "stopped, or use --data DIR or --data synthetic, which need no network") from None
     if hashlib.sha256(archive.read_bytes()).hexdigest() != sha256:
         archive.unlink()
@@ -455,7 +468,7 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")  # refuses absolute paths, "..", and links to outside
+                tar.extractall(scratch, filter="data")  # nothing can land, or link, outside of scratch
             os.replace(Path(scratch, target.name), target)
         except (tarfile.TarError, OSError) as error:
             raise UserError(f"{show(archive)}: cannot be unpacked ({error}); delete it and run again") from None
@@ -482,15 +495,3 @@ def download(url, part):
         print(file=sys.stderr)
     if have < total:
         raise OSError(f"the connection ended after {have} of {total} bytes")
-
-
-def main():
-    if len(sys.argv) != 2:
-        print("usage: python data.py FOLDER", file=sys.stderr)
-        return 2
-    paths = list_pictures(sys.argv[1])
-    print(f"{len(usable(paths, len(paths), MIN_CHROMA))} of {len(paths)} pictures are fit for training")
-
-
-if __name__ == "__main__":
-    run(main)

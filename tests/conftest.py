@@ -7,7 +7,7 @@ import torch
 
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors are small, and two threads on a busy machine wait for each other
 
 
 @pytest.fixture
