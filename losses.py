@@ -7,6 +7,7 @@ and the distance is taken between what it sees. Pictures are RGB in [0, 1] every
 
     python -c "import torch, losses; print(losses.LPIPS('alex')(*torch.rand(2, 1, 3, 64, 64)))"
 """
+import http.client
 import math
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import UserError, network_to_rgb, rgb_to_lab, rgb_to_network, show
+from data import UserError, network_to_rgb, reason, rgb_to_lab, rgb_to_network, show
 
 # ---- LPIPS ------------------------------------------------------------------------------------------------
 # (channels, kernel, stride, padding) of each convolution; "pool" with (kernel, stride). Layers keep the
@@ -60,10 +61,10 @@ def trunk_file(net, path=""):
     try:
         cache.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URLS[net], str(cache / name), hash_prefix=name.split("-")[-1][:8])
-    except (OSError, RuntimeError) as error:  # no network; wrong hash
-        raise UserError(f"cannot download the weights of LPIPS ({getattr(error, 'reason', error)}): fetch {URLS[net]} "
-                        f"on another machine and put it into {show(cache)}, or name it with --lpips-weights FILE; "
-                        "--lpips 0 trains without") from None
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network; wrong hash; cut off
+        raise UserError(f"cannot download the weights of LPIPS ({reason(error)}): fetch {URLS[net]} "
+                        f"on another machine and put it into {show(cache)} or the folder $COLORIZER_WEIGHTS, or name "
+                        "it with --lpips-weights FILE; --lpips 0 trains without") from None
     return cache / name
 
 
@@ -113,7 +114,7 @@ class LPIPS(nn.Module):
             x = layer(x)
             if i in self.taps:
                 # The small number stands inside the root: outside, as in the original, an all-zero
-                # feature vector has a NaN gradient, and flat dark areas do produce such vectors.
+                # feature vector has a NaN gradient, and flat dark areas can produce such vectors.
                 found.append(x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10))
         return found
 

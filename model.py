@@ -92,6 +92,7 @@ class Colorizer(nn.Module):
             conv_block(i, o, convs) for i, o, convs in zip([1] + widths, widths, [2, 2, 2, 4, 4]))
         # A decoder stage: double the size, normalise, join the skip, fuse with a 1x1 convolution, three 3x3
         # convolutions of which the first narrows to the next stage's width.
+        # (AdaIN takes away what the bias before it adds. Such biases stay as in the paper's network, idle.)
         ups = widths[3::-1]                                                           # [8w, 4w, 2w, w]
         narrow = ups[1:] + [w]                                                        # [4w, 2w, w, w]
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in ups)

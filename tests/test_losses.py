@@ -20,15 +20,6 @@ from losses import (LPIPS, color_loss, colourfulness, directions, load_trunk, ma
 RANDOM = np.random.RandomState()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small only wait for their threads, for a hundred times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def same_numbers_whichever_tests_run():
     RANDOM.seed(5)
@@ -93,9 +84,11 @@ def alex():
     return LPIPS("alex", seeded_trunk("alex"))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout, tolerance", [
+    (torch.contiguous_format, 1e-5), (torch.channels_last, 3e-5)], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("net", SIZES)
-def test_lpips_and_its_gradient_equal_the_package_to_1e_5(net, layout):
+def test_lpips_and_its_gradient_equal_the_package_to_1e_5(net, layout, tolerance):
+    """Channels last, which training uses, sums in an order that rounds its gradient a little more."""
     with np.load(FIXTURE) as file:
         value, gradient, drawn = (file[f"{net}_{name}"] for name in ("value", "gradient", "statistics"))
     trunk = seeded_trunk(net)
@@ -107,7 +100,7 @@ def test_lpips_and_its_gradient_equal_the_package_to_1e_5(net, layout):
     assert ours.shape == (2,)
     ours.sum().backward()
     np.testing.assert_allclose(ours.detach(), value, rtol=1e-5)
-    np.testing.assert_allclose(x.grad, gradient, rtol=0, atol=1e-5 * np.abs(gradient).max())
+    np.testing.assert_allclose(x.grad, gradient, rtol=0, atol=tolerance * np.abs(gradient).max())
 
 
 def golden(folder, name):
@@ -130,12 +123,30 @@ def test_lpips_is_computed_in_fp32_inside_autocast(alex):
     with torch.autocast("cpu", torch.bfloat16):
         assert alex.trunk(x).dtype == torch.bfloat16  # so autocast does reach convolutions here
         half = alex(x, y)
-        from_half = alex(x.bfloat16(), y)
+        from_half = alex(x.bfloat16(), y.bfloat16())
     assert half.dtype == torch.float32 and torch.equal(half, plain)
-    assert torch.equal(from_half, alex(x.bfloat16().float(), y))
+    assert torch.equal(from_half, alex(x.bfloat16().float(), y.bfloat16().float()))
 
 
-def test_lpips_gradient_is_finite_where_all_features_are_zero():
+@pytest.mark.parametrize("size", [0., 1e-30])  # 1e-30: only its square is 0
+def test_lpips_gradient_is_finite_where_all_features_are_zero(size):
+    trunk = seeded_trunk("alex")
+    for i, layer in enumerate(trunk):
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.zero_()
+            layer.bias.data.fill_(size)
+        if isinstance(layer, nn.ReLU):
+            trunk[i] = nn.Identity()  # the CPU's ReLU would hide a NaN: at 0 it answers 0, whatever comes
+    x, y = pictures("alex")
+    net = LPIPS("alex", trunk)
+    assert all((f.abs() < 1e-20).all() for f in net.features(x))
+    x.requires_grad_()
+    d = net(x, y)
+    d.sum().backward()
+    assert d.tolist() == [0, 0] and (x.grad == 0).all()
+
+
+def test_lpips_of_black_with_dead_features_is_the_size_of_the_others_features():
     trunk = seeded_trunk("alex")
     for layer in trunk:
         if isinstance(layer, nn.Conv2d):
@@ -145,14 +156,10 @@ def test_lpips_gradient_is_finite_where_all_features_are_zero():
     black, white = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
     assert all((f == 0).all() for f in net.features(black))
     expected = sum((net.get_buffer(f"linear{i}") * f.square()).sum(1).mean() for i, f in enumerate(net.features(white)))
-    half = torch.cat([black[:, :, :32], white[:, :, 32:]], dim=2)  # zero features beside others
-    for x, distance in [(black, expected.item()), (half, net(half, white).item())]:
-        x = x.clone().requires_grad_()
-        d = net(x, white)
-        d.backward()
-        assert d.item() == pytest.approx(distance, rel=1e-5) and d.item() > .01
-        assert x.grad.isfinite().all()
-    assert x.grad[:, :, 40:].abs().max() > 0  # of the white half
+    assert net(black, white).item() == pytest.approx(expected.item(), rel=1e-5) and expected > .01
+    half = torch.cat([black[:, :, :32], white[:, :, 32:]], dim=2).requires_grad_()  # zero features beside others
+    net(half, white).backward()
+    assert half.grad.isfinite().all() and half.grad[:, :, 40:].abs().max() > 0
 
 
 def test_lpips_of_a_picture_with_itself_is_zero(alex):
@@ -213,7 +220,8 @@ def test_load_trunk_finds_both_forms_in_each_place(weights, form, place, name, n
 
 
 def test_load_trunk_prefers_the_path_then_the_environment_then_the_cache(weights, no_network, monkeypatch, tmp_path):
-    places = [tmp_path / "file" / "a.pth", tmp_path / "folder" / "alexnet_features.pth", no_network / "alexnet_features.pth"]
+    name = "alexnet_features.pth"
+    places = [tmp_path / "file" / name, tmp_path / "folder" / name, no_network / name]
     for mark, file in enumerate(places):
         file.parent.mkdir(parents=True)
         torch.save({**weights, "0.bias": torch.full((64,), float(mark))}, file)
@@ -238,7 +246,8 @@ def test_load_trunk_refuses_a_wrong_file_with_one_line(weights, net, content, tm
                     "wrong shape": {**weights, "10.bias": torch.zeros(1)}, "list": [1, 2]}[content], file)
     with pytest.raises(UserError) as raised:
         load_trunk(net, file)
-    assert all(part in one_line(raised) for part in (str(file), f"does not hold the {net} weights", losses.URLS[net]))
+    text = one_line(raised)
+    assert all(part in text for part in (str(file), f"does not hold the {net} weights", losses.URLS[net]))
 
 
 def test_load_trunk_names_a_missing_file(tmp_path):
@@ -279,11 +288,13 @@ class Bomb:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda bomb, file: Path(file).write_bytes(pickle.dumps(bomb, protocol=2))],
-                         ids=["torch", "pickle"])
-def test_load_trunk_runs_no_code_of_a_malicious_pickle(save, tmp_path):
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_load_trunk_runs_no_code_of_a_malicious_pickle(form, tmp_path):
     file, mark = tmp_path / "bomb.pth", tmp_path / "mark"
-    save(Bomb(mark), file)
+    if form == "torch":
+        torch.save(Bomb(mark), file)
+    else:
+        file.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     with pytest.raises(UserError):
         load_trunk("alex", str(file))
     assert not mark.exists()
@@ -300,7 +311,7 @@ def test_psnr_equals_its_formula():
     x, y = rand(3, 3, 5, 7), rand(3, 3, 5, 7)
     y[1], y[2] = x[1], x[2]
     y[1, :, 0, 0] += .3
-    expected = [10 * math.log10(1 / np.mean((a.double().numpy() - b.double().numpy()) ** 2)) for a, b in zip(x[:2], y[:2])]
+    expected = [-10 * math.log10(np.mean((a.double() - b.double()).numpy() ** 2)) for a, b in zip(x[:2], y[:2])]
     assert psnr(x, y).tolist() == pytest.approx(expected + [100], abs=1e-4)  # equal pictures: 100 instead of infinity
     assert psnr(torch.full((1, 3, 4, 4), .6), torch.full((1, 3, 4, 4), .5)).item() == pytest.approx(20, abs=1e-4)
 
@@ -309,7 +320,8 @@ def test_psnr_equals_its_formula():
 def test_ssim_equals_a_loop_over_windows(shape):
     x = rand(*shape)
     y = (.7 * x + rand(*shape, high=.3)).clamp(0, 1)
-    expected = [np.mean([np_ssim(p, q) for p, q in zip(a.double().numpy(), b.double().numpy())]) for a, b in zip(x, y)]
+    x[-1], y[-1] = x[-1] / 20, y[-1] / 20  # in the dark the two small constants count
+    expected = [np.mean([np_ssim(p, q) for p, q in zip(a, b)]) for a, b in zip(x.double().numpy(), y.double().numpy())]
     assert ssim(x, y).tolist() == pytest.approx(expected, abs=1e-5)
     assert ssim(x, x).tolist() == pytest.approx([1] * shape[0], abs=1e-5)
 
@@ -355,9 +367,9 @@ def test_palette_transfer_is_1_for_the_styles_own_pixels_in_another_order_and_0_
         assert (1 - d / d_gray).tolist() == pytest.approx([transfer] * 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("measure", [psnr, ssim, lambda x, y: colourfulness(x), lambda x, y: palette_distances(x, y)[0],
-                                     lambda x, y: palette_distances(x, y)[1]],
-                         ids=["psnr", "ssim", "colourfulness", "palette", "palette of gray"])
+@pytest.mark.parametrize("measure", [
+    psnr, ssim, lambda x, y: colourfulness(x), lambda x, y: palette_distances(x, y)[0],
+    lambda x, y: palette_distances(x, y)[1]], ids=["psnr", "ssim", "colourfulness", "palette", "palette of gray"])
 def test_a_measure_of_one_picture_does_not_depend_on_its_batch(measure):
     x, y = rand(3, 3, 12, 12), rand(3, 3, 12, 12)
     alone = torch.cat([measure(x[i:i + 1], y[i:i + 1]) for i in range(3)])
@@ -372,19 +384,18 @@ def distance(x, y):
     return (x - y).pow(2).sum(1).mean((1, 2)) * 3
 
 
-def batch(color, low=.1, high=.9):
-    """out, gray, rgb, style for color_loss; colours inside the gamut, so that nothing is clamped."""
-    photo = rand(2, 3, 6, 7, low=low, high=high)
-    out = rand(2, 3, 6, 7, low=low, high=high) if color == "rgb" else rand(2, 2, 6, 7, low=-.05, high=.05)
-    return out, rand(2, 1, 6, 7, low=.3, high=.7), photo, rand(2, 3, 6, 7, low=low, high=high)
+def batch(color, beyond=0.):
+    """out, gray, rgb, style for color_loss. beyond: how far an RGB output may leave [0, 1]."""
+    out = rand(2, 3, 6, 7, low=-beyond, high=1 + beyond) if color == "rgb" else rand(2, 2, 6, 7, low=-.05, high=.05)
+    return out, rand(2, 1, 6, 7, low=.3, high=.7), rand(2, 3, 6, 7), rand(2, 3, 6, 7)
 
 
 @pytest.mark.parametrize("color", ["rgb", "lab"])
 def test_color_loss_is_the_weighted_sum_of_its_terms(color):
-    tensors = batch(color)
+    tensors = batch(color, beyond=.2)
     out, gray, rgb, style = (t.double().numpy() for t in tensors)
-    if color == "rgb":
-        shown, answer, ab = out, rgb, np.stack([np_lab(p)[1:] / 110 for p in out])
+    if color == "rgb":  # only the palette sees the output clamped: such a colour has no a and b
+        shown, answer, ab = out, rgb, np.stack([np_lab(p.clip(0, 1))[1:] / 110 for p in out])
     else:
         L = np.stack([np_lab(np.repeat(p, 3, axis=0))[:1] for p in gray])  # a gray is (v, v, v)
         shown = np.stack([np_rgb(p) for p in np.concatenate([L, 110 * out], axis=1)])
@@ -400,8 +411,10 @@ def test_color_loss_is_the_weighted_sum_of_its_terms(color):
 
 @pytest.mark.parametrize("color", ["rgb", "lab"])
 @pytest.mark.parametrize("term", ["mse", "lpips", "palette"])
-def test_one_term_alone_is_computed_and_its_gradient_is_the_slope(term, color):
+def test_one_term_alone_is_computed_and_its_gradient_is_the_slope(term, color, monkeypatch):
     """Terms of weight 0 must not even be touched: LPIPS is then None, the style missing."""
+    if color == "lab" and term != "lpips":
+        monkeypatch.setattr(losses, "network_to_rgb", None)  # nobody needs the way back to RGB
     out, gray, rgb, style = batch(color)
     rest = gray, None if term == "palette" else rgb, style if term == "palette" else None, color, {
         "mse": 0., "lpips": 0., "palette": 0., term: 2.}, distance if term == "lpips" else None

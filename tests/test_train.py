@@ -22,6 +22,11 @@ TINY = ("--data synthetic --train-size 24 --val-size 4 --size 32 --width 4 --lat
         "--device cpu --workers 0 --lpips 0 --hue-rotation 0.5").split()
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_stays_with_pytest(monkeypatch):
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+
+
 def command(*arguments, **options):
     return subprocess.Popen([sys.executable, str(TOP / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
