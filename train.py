@@ -49,7 +49,7 @@ class Settings:
     # how long
     epochs: int = opt(32, "passes over the training pictures; ignored where --steps or --minutes is given")
     steps: int = opt(0, "optimizer steps in all, 0: as --epochs says")
-    minutes: float = opt(0., "time limit of the run in all, validation included, 0: none")
+    minutes: float = opt(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # what it sees
     size: int = opt(128, "side of the square crops, a multiple of 16")
     batch_size: int = opt(16, "pictures a forward pass; halve it when memory runs out, and double --accumulate")
@@ -305,11 +305,11 @@ def train(preset, given, resume, dry_run):
         model.to(memory_format=torch.channels_last)
     if s.compile:
         model.compile()
-    # Solution 2 of section 3.2 has a second, ten times slower one for the style loss.
+    # Solution 2 of section 3.2 has a second one, for the style loss, with a tenth of the learning rate.
     optimizers = [torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
                   for _ in range(2 if s.style_loss == "dual" else 1)]
     old_gpu = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    half = torch.float16 if old_gpu else torch.bfloat16  # fp16 has a short range and needs its loss scaled
+    half = torch.float16 if old_gpu else torch.bfloat16  # fp16 rounds small gradients to 0 unless they are scaled
     scaler = torch.amp.GradScaler(device.type, enabled=s.amp and old_gpu)  # switched off, it does nothing
 
     step, seconds, best, rows = 0, 0., math.inf, []
@@ -358,7 +358,7 @@ def train(preset, given, resume, dry_run):
     while True:
         seconds = before + time.monotonic() - start_time
         progress = max(step / limit, seconds / (60 * s.minutes) if s.minutes else 0)
-        if progress >= 1 or stop:
+        if progress >= 1:
             break
         torch.manual_seed((s.seed << 32) + step)  # dropout and directions are functions of (seed, step)
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]
@@ -374,15 +374,15 @@ def train(preset, given, resume, dry_run):
                 color, terms = color_loss(out, gray, rgb, style, s.color, recipe.weights, recipe.lpips, turn)
                 loss = objectives(s, color, lambda: style_loss(model, gray, style, out, s.color))[k]
                 scaler.scale(loss / s.accumulate).backward()
-                if k == 0:
-                    running += loss.item() / s.accumulate
+                value = loss.item()
+                if not math.isfinite(value):
+                    kept = f"{show(last)} is still good" if last.exists() else "nothing was saved yet"
+                    raise UserError(f"the loss became {value} at step {step}: try a lower --lr (now {s.lr:g})"
+                                    f"{', no --amp' if s.amp else ''} or --clip 1; {kept}")
+                running += value / s.accumulate if k == 0 else 0
             if s.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            if not math.isfinite(running):
-                kept = f"{show(last)} is good as of its step" if last.exists() else "nothing was saved yet"
-                raise UserError(f"the loss became {running} at step {step}: try a lower --lr (now {s.lr:g})"
-                                f"{', no --amp' if s.amp else ''} or --clip 1; {kept}")
             scaler.step(optimizer)
             scaler.update()
         step += 1
@@ -396,11 +396,12 @@ def train(preset, given, resume, dry_run):
                   f"{max(left, 0) / 60:.0f} min left  {peak_memory(device):.0f} MB ", end="", flush=True)
             first, window = step, time.monotonic()
         over = step >= limit or (s.minutes and seconds >= 60 * s.minutes)
-        if step % s.val_every == 0 or over or stop or dry_run:
+        stopping = bool(stop)  # asked once: a signal from here on is answered after the next step
+        if step % s.val_every == 0 or over or stopping:
             print()
             row = {"step": step, "pictures": step * per_step, "seconds": round(seconds, 1),
                    "lr": optimizers[0].param_groups[0]["lr"], "train_loss": running / since}
-            if not stop:
+            if not stopping:
                 row.update(validate(model, recipe, DataLoader(val_photos, batch_sampler=val_keys, **loading)))
                 print("  ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "pictures", "seconds", "lr")))
                 if not math.isfinite(row["loss"]):
@@ -416,9 +417,9 @@ def train(preset, given, resume, dry_run):
             write_log(rows, folder / "log.csv")
             draw_curves(rows, folder / "loss.png")
             first, window = step, time.monotonic()
-    if stop:
-        print(f"stopped at step {step}; --output {show(folder)} --resume goes on from here")
-        return 130
+        if stopping:
+            print(f"stopped at step {step}; --output {show(folder)} --resume goes on from here")
+            return 130
     print(f"done: {show(folder)}/best.pt, as in  python infer.py PHOTO STYLE --weights {show(folder)}/best.pt")
 
 
