@@ -129,9 +129,14 @@ def rgb_to_network(rgb, color):
     return rgb if color == "rgb" else rgb_to_lab(rgb)[:, 1:] / AB_SCALE
 
 
+def network_to_lab(out, gray, color):
+    """The network's answer as L, a, b (B, 3, H, W). gray: (B, 1, H, W), its input."""
+    return rgb_to_lab(out.clamp(0, 1)) if color == "rgb" else torch.cat([lightness(gray), out * AB_SCALE], dim=1)
+
+
 def network_to_rgb(out, gray, color):
-    """The network's answer as RGB (B, 3, H, W), not clamped. gray: (B, 1, H, W), its input."""
-    return out if color == "rgb" else lab_to_rgb(torch.cat([lightness(gray), out * AB_SCALE], dim=1))
+    """The network's answer as RGB (B, 3, H, W), not clamped, for losses."""
+    return out if color == "rgb" else lab_to_rgb(network_to_lab(out, gray, color))
 
 
 def rotate_hue(rgb, angle):

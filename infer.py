@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, lab_to_rgb, list_pictures, mean_chroma,
-                  network_to_rgb, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show, square,
+from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, list_pictures, mean_chroma,
+                  network_to_lab, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show, square,
                   to_picture, to_tensor)
 from model import Colorizer, ModelConfig
 
@@ -111,11 +111,10 @@ def colorize(model, picture, z, size, strength=1., raw=False):
     """
     device = next(model.parameters()).device
     gray = gray_of(fit(picture, size).to(device))                                     # (1, 1, h, w)
-    out = network_to_rgb(model.colorize(gray, z), gray, model.config.color).clamp(0, 1)
-    lab = rgb_to_lab(out).cpu()                                                       # (1, 3, h, w)
+    lab = network_to_lab(model.colorize(gray, z), gray, model.config.color).cpu()     # (1, 3, h, w)
     lab[:, 1:] *= strength
     if raw:
-        return to_picture(lab_to_rgb(lab)[0])
+        return to_picture(lab_to_gamut(lab)[0])
 
     # Joined in strips of rows, so that memory does not grow with the photo beyond the two pictures
     # themselves. Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
