@@ -4,11 +4,11 @@
 
 (The printed equation has lost the minus sign; Karras et al. 2019, which it quotes, has it.)
 x_i is channel i of a feature map. The style does not come as an image but as a short code z; a linear layer
-turns z into one scale y_s and one shift y_b for every channel. That is all the style can say to the network.
+turns z into a scale and a shift for every channel, y = (y_s, y_b) = A z + c. That is all the style can say.
 
 See it normalise:
 
-    python -c "import torch, adain; print(adain.AdaIN(4, 8)(torch.rand(1, 4, 9, 9), torch.zeros(1, 8)).std())"
+    python -c "import torch, adain; print(adain.AdaIN(4, 8)(torch.rand(1, 4, 9, 9), torch.zeros(1, 8)).std(correction=0))"
 """
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ class AdaIN(nn.Module):
 
     x: (B, C, H, W) features; z: (B, D) style code, or (1, D) for the whole batch -> (B, C, H, W).
     Every channel is first stripped of its own mean and deviation, then given the ones the style asks for.
-    The statistics are per picture, so a result never depends on what else is in the batch.
+    The statistics are per picture, so this layer's result never depends on what else is in the batch.
     """
 
     def __init__(self, channels, latent, eps=1e-5):
@@ -27,8 +27,8 @@ class AdaIN(nn.Module):
         self.eps = eps  # keeps a constant channel (sigma = 0) at zero instead of 0/0
         self.affine = nn.Linear(latent, 2 * channels)
         # Scale 1 and shift 0 for the code z = 0, and small weights: training starts from plain instance
-        # normalisation, the same for every style. Were the scales drawn around 0 or 1 with the usual spread,
-        # the first steps would have to undo nine random re-mixings of the features.
+        # normalisation, the same for every style. Were the weights as large as usual, the first steps
+        # would have to undo a random rescaling of every channel, another one for each style.
         nn.init.normal_(self.affine.weight, std=0.01)
         with torch.no_grad():
             self.affine.bias.copy_(torch.cat([torch.ones(channels), torch.zeros(channels)]))

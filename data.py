@@ -6,7 +6,7 @@
 This file knows nothing of networks. Look at a drawn scene, and at what a training folder holds:
 
     python -c "import data; data.draw_scene(1).show()"
-    python -c "import data; print(len(data.usable(data.list_pictures('examples'), 100, data.MIN_CHROMA)))"
+    python -c "import data; print(len(data.usable(data.list_pictures('examples'), 100)))"
 """
 import contextlib
 import hashlib
@@ -42,6 +42,9 @@ def run(main):
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does; say no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 # ---- colour: sRGB <-> CIELAB ------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ def rotate_hue(rgb, angle):
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
-MIN_CHROMA = 4.0           # mean sqrt(a^2 + b^2) under which a training picture counts as gray
+MIN_CHROMA = 4.0           # mean sqrt(a^2 + b^2) under which a picture counts as gray
 
 # EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when any other tag of the file is broken.)
 UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -237,7 +240,7 @@ def save_atomically(path, write):
     The temporary name keeps the ending, because Pillow takes the format from it. Raises UserError.
     """
     path = Path(path)
-    part = path.with_name(f".part{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
@@ -284,10 +287,10 @@ def mean_chroma(picture):
     return lab[:, 1:].square().sum(1).sqrt().mean().item()
 
 
-def usable(paths, limit, min_chroma=0.):
-    """The first `limit` readable pictures of at least this mean chroma; tells on stderr what it left out.
+def usable(paths, limit):
+    """The first `limit` readable pictures that are not gray; tells on stderr what it left out.
 
-    Gray photos in a training set teach one thing only: to answer gray.
+    Gray photos in training teach one thing only, to answer gray; in validation they reward it.
     """
     def check(path):
         try:
@@ -304,12 +307,12 @@ def usable(paths, limit, min_chroma=0.):
             for path, chroma in zip(chunk, pool.map(check, chunk)):
                 if isinstance(chroma, str):
                     broken.append(chroma)
-                elif chroma < min_chroma:
+                elif chroma < MIN_CHROMA:
                     gray += 1
                 else:
                     kept.append(path)
     if gray:
-        print(f"left out {gray} gray pictures (mean chroma below {min_chroma:g})", file=sys.stderr)
+        print(f"left out {gray} gray pictures (mean chroma below {MIN_CHROMA:g})", file=sys.stderr)
     if broken:
         shown = "\n  ".join(broken[:10] + [f"and {len(broken) - 10} more"] * (len(broken) > 10))
         print(f"left out {len(broken)} unreadable pictures:\n  {shown}", file=sys.stderr)
@@ -329,7 +332,7 @@ def find_data(source, train_size, val_size, seed):
         return list(range(n)), list(range(10_000, 10_000 + min(val_size, 500)))
     folder = Path(source) if source else imagenette()
     if not os.path.isdir(folder):
-        raise UserError(f"--data {show(folder)}: no such folder; give a folder of pictures or the word synthetic")
+        raise UserError(f"--data {show(folder)}: is no folder; give a folder of pictures or the word synthetic")
     rng = np.random.default_rng(seed)
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         train, val = list_pictures(folder / "train"), list_pictures(folder / "val")
@@ -340,7 +343,7 @@ def find_data(source, train_size, val_size, seed):
         rng.shuffle(train)
         n = min(val_size, math.ceil(len(train) / 5))  # at most a fifth is held back for validation
         train, val = train[n:], train[:n]
-    train, val = usable(train, train_size, MIN_CHROMA), usable(val, val_size)
+    train, val = usable(train, train_size), usable(val, val_size)
     for name, found in [("training", train), ("validation", val)]:
         if not found:
             raise UserError(f"--data {show(folder)}: no usable {name} picture; it needs at least two colour pictures "

@@ -132,7 +132,7 @@ def colorize(model, picture, z, size, strength=1., raw=False):
     return result
 
 
-def sheet(model, photos, styles, size, own):
+def sheet(model, photos, styles, size, own, strength=1.):
     """The figure 8 of some photos: a row each, with the gray photo and its colourings.
 
     photos: PIL pictures; styles: (PIL picture, z) pairs, shown in the first row; own: a second column with
@@ -146,7 +146,7 @@ def sheet(model, photos, styles, size, own):
         codes = [z for _, z in styles]
         if own:
             codes = [encode(model, photo, size) if model.config.style else None] + codes
-        cells.update({(row, 1 + i): colorize(model, photo, z, size) for i, z in enumerate(codes)})
+        cells.update({(row, 1 + i): colorize(model, photo, z, size, strength) for i, z in enumerate(codes)})
     rows, columns = (max(c[i] for c in cells) + 1 for i in (0, 1))
     page = Image.new("RGB", (columns * (size + 4) + 4, rows * (size + 4) + 4), "white")
     for (row, column), cell in cells.items():
@@ -194,14 +194,17 @@ def parse(argv):
     parser.add_argument("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     parser.add_argument("--raw", action="store_true", help="the network's own small output, not joined with the photo")
-    parser.add_argument("--grid", action="store_true", help="one sheet with all photos and styles, as in figure 8")
+    parser.add_argument("--grid", action="store_true", 
+                        help="one sheet as in figure 8: a row a photo, gray, in its own colours if it has any, a column a style")
     parser.add_argument("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
     parser.add_argument("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
     parser.add_argument("--latents", action="store_true",
                         help="all pictures are styles: print their codes' statistics and draw histograms")
     args = parser.parse_args(argv)
-    if not args.latents and len(args.pictures) < 2:
+    if not args.latents and len(args.pictures) + len(args.styles) < 2:
         parser.error("a style picture is missing: name a photo and then a style, as in  python infer.py gray.jpg style.jpg")
+    if args.raw and args.grid:
+        parser.error("--raw and --grid do not go together")
     if args.size and not 16 <= args.size <= 4096:
         parser.error("--size must be between 16 and 4096")
     if not 0 <= args.strength <= 10:
@@ -218,8 +221,9 @@ def parse(argv):
 
 def main(argv=None):
     args = parse(argv)
-    photos = [] if args.latents else pictures_of(args.pictures[:-1])
-    style_paths = pictures_of((args.pictures if args.latents else args.pictures[-1:]) + args.styles)
+    # With --styles, a single picture is the photo; with --latents there is no photo.
+    n = 0 if args.latents else max(1, len(args.pictures) - 1)
+    photos, style_paths = pictures_of(args.pictures[:n]), pictures_of(args.pictures[n:] + args.styles)
     if args.blend and len(args.blend) != len(style_paths):
         raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles")
     output = Path(args.output)
@@ -254,7 +258,7 @@ def main(argv=None):
         if path.resolve() in inputs:
             raise UserError(f"{show(path)}: is one of the inputs, and stays; choose another --output")
         taken.add(path)
-        save_atomically(path, picture.save)
+        save_atomically(path, lambda part: picture.save(part, quality=95, subsampling=0))
         print(show(path))
 
     def readable(paths):
@@ -270,6 +274,8 @@ def main(argv=None):
     styles = []  # (name, small picture, code): a style file is read and encoded once, for all photos
     for path, picture in readable(style_paths):
         styles.append((path.stem, square(picture, size), encode(model, picture, size)))
+        if mean_chroma(picture) < 1 and not args.latents:
+            print(f"infer.py: {show(path)} is gray, and so will be the result; the style comes last", file=sys.stderr)
     if not styles or (args.blend and failed):
         return 1
     if args.latents:
@@ -284,12 +290,12 @@ def main(argv=None):
         return min(failed, 1)
     if args.blend:
         z = sum(w * z for w, (*_, z) in zip(args.blend, styles)) / sum(args.blend)
-        styles = [("blend", styles[0][1], z)]
+        styles = [("blend", Image.new("RGB", (size, size), "white"), z)]
     if args.grid:
         pictures = [square(picture, size) for _, picture in readable(photos)]
         own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
         if pictures:
-            save(sheet(model, pictures, [(picture, z) for _, picture, z in styles], size, own), "grid")
+            save(sheet(model, pictures, [s[1:] for s in styles], size, own, args.strength), "grid")
         return min(failed, 1)
     for path, picture in readable(photos):
         for name, _, z in styles:

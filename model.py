@@ -59,7 +59,8 @@ class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then global average pooling: a picture becomes one short code.
 
     style: (B, C, H, W) of any size -> z: (B, D). No ReLU stands before the pooling, so a code may be
-    negative and a dimension cannot die; no BatchNorm, so a code does not depend on its batch.
+    negative and a dimension cannot die; no BatchNorm, so a code does not depend on its batch. Its widths are
+    the authors', and did not shrink with the U-Net's.
     """
 
     def __init__(self, channels, latent, sigmoid):
@@ -68,7 +69,7 @@ class StyleEncoder(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
         self.sigmoid = sigmoid
         for conv in self.convs:
-            # torch's default lets the signal fade by about 2.4 a layer: all codes would start out alike.
+            # torch's default lets the signal fade by a factor of about 2.4 a layer: all codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 
@@ -88,12 +89,14 @@ class Colorizer(nn.Module):
         out_channels = {"rgb": 3, "lab": 2}[c.color]
         w = c.width
         widths = [w, 2 * w, 4 * w, 8 * w, 8 * w]                                      # of the five encoder stages
+        # The two deepest stages, whose maps are small and cheap, hold four convolutions, the others two.
         self.encoder = nn.ModuleList(
             conv_block(i, o, convs) for i, o, convs in zip([1] + widths, widths, [2, 2, 2, 4, 4]))
         # A decoder stage: double the size, normalise, join the skip, fuse with a 1x1 convolution, three 3x3
         # convolutions of which the first narrows to the next stage's width.
-        # (AdaIN takes away what the bias before it adds. Such biases stay as in the paper's network, idle.)
-        ups = widths[3::-1]                                                           # [8w, 4w, 2w, w]
+        # (AdaIN takes away again what the bias or the BatchNorm just before it adds. The paper has both; the
+        # BatchNorm still keeps the features within reason on their way, such a bias is idle.)
+        ups = [8 * w, 4 * w, 2 * w, w]
         narrow = ups[1:] + [w]                                                        # [4w, 2w, w, w]
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in ups)
         self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in ups)
@@ -102,7 +105,7 @@ class Colorizer(nn.Module):
         if c.style:
             self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid)
             self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in widths + ups)
-        # The module's train() / eval() switches it. (A layer made anew in each forward() never is.)
+        # Made once, here: train() and eval() then switch it. Made inside forward() it would always be active.
         self.dropout = nn.Dropout(c.dropout)
         # The fifth skip connection is the gray picture itself. A head of zeros makes the untrained network
         # answer "leave it gray"; training then starts from there and not from noise.

@@ -88,6 +88,7 @@ class Settings:
     compile: bool = opt(False, "torch.compile: a minute's wait, then faster; CUDA and CPU")
 
 
+STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # Windows: no HUP
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
     "final": {},                                                                    # table 3, the default
@@ -97,7 +98,8 @@ PRESETS = {
     "dual": dict(UNREDUCED, style_from="other", style_loss="dual"),                 # section 3.2, solution 2
     "lab": dict(color="lab"),                                                       # table 4
     "lpips-only": dict(mse=0.),                                                     # appendix A.1.1
-    # Not in the paper: LAB made to work. Hues are turned, so colour cannot be guessed from the gray photo.
+    # Not in the paper: LAB made to work. Hues are turned, so colour cannot be guessed from the gray photo; the
+    # palette loss works against the pale averages that MSE asks for. Weights and rate were found by short trials.
     "hue-rotation": dict(color="lab", hue_rotation=.5, lpips=.05, lpips_net="alex", palette=.1, dropout=0.,
                          lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }
@@ -113,18 +115,22 @@ def parse(argv):
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output; without one, start anew")
     parser.add_argument("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
     for f in fields(Settings):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else \
+               {"type": f.type, "choices": f.metadata["choices"]}
         shown = "none" if f.default == "" else f.default
-        parser.add_argument("--" + f.name.replace("_", "-"), choices=f.metadata["choices"], default=argparse.SUPPRESS,
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     preset, resume, dry_run = given.pop("preset"), given.pop("resume"), given.pop("dry_run")
     s = Settings(**{**PRESETS[preset], **given})
     for wrong, text in [
-            (s.size < 16 or s.size % 16, "--size must be a multiple of 16"),
-            (min(s.batch_size, s.accumulate, s.width, s.latent, s.val_every) < 1, "--batch-size, --accumulate, --width, "
-             "--latent and --val-every must be at least 1"),
-            (min(s.epochs, s.steps, s.minutes, s.train_size, s.val_size, s.workers, s.warmup, s.lr, s.clip, s.mse,
+            (not all(math.isfinite(v) for v in vars(s).values() if isinstance(v, float)), "nan and inf are no settings"),
+            (s.size < 32 or s.size % 16, "--size must be a multiple of 16, from 32"),
+            (min(s.batch_size, s.accumulate, s.val_every, s.epochs) < 1, "--batch-size, --accumulate, --val-every and "
+             "--epochs must be at least 1"),
+            (not (1 <= s.width <= 256 and 1 <= s.latent <= 4096), "--width must be in [1, 256], --latent in [1, 4096]"),
+            (s.seed >= 2 ** 31, "--seed must be below 2147483648"),
+            (min(s.steps, s.minutes, s.train_size, s.val_size, s.workers, s.warmup, s.lr, s.clip, s.mse,
                  s.lpips, s.palette, s.weight_decay, s.seed) < 0, "no setting may be negative"),
             (not 0 <= s.dropout < 1, "--dropout must be in [0, 1)"),
             (not (0 <= s.hue_rotation <= 1 and 0 <= s.alpha <= 1), "--hue-rotation and --alpha must be in [0, 1]"),
@@ -168,11 +174,11 @@ def style_loss(model, gray, style, out, color):
     return F.mse_loss(model.encode_style(rgb_to_network(style, color)), result)
 
 
-def objectives(s, color, style):
-    """The losses to be minimised, one for each optimizer. style: a function, so that it is only run if wanted."""
+def objective(s, k, color, style):
+    """What optimizer k minimises, of the colour loss and the style loss (None where there is none)."""
     if s.style_loss == "combined":
-        return [s.alpha * color + (1 - s.alpha) * style()]
-    return [color, style()] if s.style_loss == "dual" else [color]
+        return s.alpha * color + (1 - s.alpha) * style
+    return style if k else color
 
 
 def learning_rate(s, step, progress):
@@ -230,7 +236,7 @@ def peak_memory(device):
 def draw_curves(rows, path):
     """loss.png: training and validation loss over steps, logarithmic, from the rows of log.csv (figure 4)."""
     series = [(name, colour, [(float(r["step"]), float(r[name])) for r in rows if r.get(name) and float(r[name]) > 0])
-              for name, colour in [("train_loss", "steelblue"), ("loss", "darkorange")]]
+              for name, colour in [("train_loss", "steelblue"), ("val_loss", "darkorange")]]
     points = [p for *_, s in series for p in s]
     if not points:
         return
@@ -251,7 +257,7 @@ def draw_curves(rows, path):
             pen.line([place(*p) for p in s], fill=colour, width=2)
         for x, y in (place(*p) for p in s):
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
-        pen.text((480, 22 + 14 * i), {"train_loss": "training", "loss": "validation"}[name], fill=colour)
+        pen.text((480, 22 + 14 * i), {"train_loss": "training", "val_loss": "validation"}[name], fill=colour)
     save_atomically(path, page.save)
 
 
@@ -267,9 +273,9 @@ def write_log(rows, path):
 
 
 def ignore_signals(_):
-    """For the loading processes: Ctrl-C reaches them too, but only the main process should answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """For the loading processes: signals to the whole group reach them too, but only the main process answers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------
@@ -290,18 +296,18 @@ def train(preset, given, resume, dry_run):
     if device.type == "mps" and (s.amp or s.compile):
         raise UserError("--amp gives black or NaN pictures on MPS and --compile is unreliable there; leave them off")
 
-    start_time = time.monotonic()
-    recipe = Recipe(s, device)
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
+    recipe = Recipe(s, device)
     torch.manual_seed(s.seed)
     config = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})
-    initial = saved or (load_checkpoint(s.init) if s.init else None)
+    initial = saved or (load_checkpoint(s.init) if s.init else None)  # dropout has no weights and may differ
     if initial and initial["model"] | {"dropout": s.dropout} != asdict(config):
-        raise UserError(f"the checkpoint's network is {initial['model']}, the settings ask for {asdict(config)}")
+        differ = [f"{k} {v} (here {asdict(config)[k]})" for k, v in initial["model"].items() if v != asdict(config)[k]]
+        raise UserError(f"the checkpoint is of preset {initial.get('preset')} and has another {', '.join(differ)}")
     model = Colorizer(config).to(device)
     if initial:
         model.load_state_dict(initial["weights"])
-    if device.type != "mps":  # there, channels_last once gave wrong BatchNorm gradients without a word
+    if device.type != "mps":  # there, BatchNorm's gradient was silently wrong in channels_last (pytorch #175189)
         model.to(memory_format=torch.channels_last)
     if s.compile:
         model.compile()
@@ -347,13 +353,22 @@ def train(preset, given, resume, dry_run):
             "seconds": seconds, "best": best, "log": rows, "weights": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}, part))
 
-    stop = []  # filled by Ctrl-C or SIGTERM; the step in hand is finished first
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(130) if stop else stop.append(number))
+    stop = []  # filled by Ctrl-C and its like; the step in hand is finished first
 
-    before = seconds  # of earlier sessions of this run
+    def on_signal(number, _):
+        if stop:  # asked twice: at once, then
+            sys.exit(130)
+        stop.append(number)
+    for number in STOP_SIGNALS:
+        signal.signal(number, on_signal)
+
+    if s.steps and step >= s.steps:
+        print(f"nothing to do: this run has taken its {step} steps; give it more with --steps")
+    write_log(rows, folder / "log.csv")  # finds out now, and not after an hour, that the folder cannot be written
     autocast = torch.autocast(device.type, half) if s.amp else contextlib.nullcontext()
-    first, window, running, since = step, time.monotonic(), 0., 0
+    line_every = 1 if sys.stdout.isatty() else 60  # seconds
+    before, start_time = seconds, time.monotonic()  # before: of earlier sessions of this run
+    first, window, sums, since = step, time.monotonic(), {}, 0
     model.train()
     while True:
         seconds = before + time.monotonic() - start_time
@@ -362,7 +377,7 @@ def train(preset, given, resume, dry_run):
             break
         torch.manual_seed((s.seed << 32) + step)  # dropout and directions are functions of (seed, step)
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]
-        turn = torch.rand(()).item()
+        turn = torch.rand(()).item()  # of the directions along which the palette loss looks
         for k, optimizer in enumerate(optimizers):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(s, step, progress) / 10 ** k
@@ -372,14 +387,18 @@ def train(preset, given, resume, dry_run):
                     out = model(gray, rgb_to_network(style, s.color) if s.style else None)
                 out = out.float()
                 color, terms = color_loss(out, gray, rgb, style, s.color, recipe.weights, recipe.lpips, turn)
-                loss = objectives(s, color, lambda: style_loss(model, gray, style, out, s.color))[k]
+                losses = {"train_loss": color}
+                if s.style_loss != "none":
+                    of_codes = style_loss(model, gray, style, out, s.color)
+                    losses = {"train_loss": objective(s, k, color, of_codes), "color_loss": color, "style_loss": of_codes}
+                loss = losses["train_loss"]
                 scaler.scale(loss / s.accumulate).backward()
-                value = loss.item()
-                if not math.isfinite(value):
+                if not math.isfinite(value := loss.item()):
                     kept = f"{show(last)} is still good" if last.exists() else "nothing was saved yet"
                     raise UserError(f"the loss became {value} at step {step}: try a lower --lr (now {s.lr:g})"
                                     f"{', no --amp' if s.amp else ''} or --clip 1; {kept}")
-                running += value / s.accumulate if k == 0 else 0
+                if k == 0:
+                    sums.update({n: sums.get(n, 0) + v.item() / s.accumulate for n, v in losses.items()})
             if s.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
@@ -389,29 +408,31 @@ def train(preset, given, resume, dry_run):
         since += 1
 
         seconds = before + time.monotonic() - start_time
-        if time.monotonic() - window > 1 or step == limit:
+        if time.monotonic() - window > line_every or step == limit:
             rate = (step - first) * per_step / max(time.monotonic() - window, 1e-6)
-            left = min((limit - step) * per_step / rate, 60 * s.minutes - seconds if s.minutes else math.inf)
-            print(f"\rstep {step}  loss {running / since:.4f}  {rate:.1f} images/s  "
-                  f"{max(left, 0) / 60:.0f} min left  {peak_memory(device):.0f} MB ", end="", flush=True)
+            left = max(0, min((limit - step) * per_step / rate, 60 * s.minutes - seconds if s.minutes else math.inf))
+            print(f"\rstep {step}  loss {sums['train_loss'] / since:.4f}  {rate:.1f} images/s  "
+                  f"{f'{left / 60:.0f} min' if left > 120 else f'{left:.0f} s'} left  {peak_memory(device):.0f} MB ",
+                  end="" if line_every == 1 else "\n", flush=True)
             first, window = step, time.monotonic()
         over = step >= limit or (s.minutes and seconds >= 60 * s.minutes)
         stopping = bool(stop)  # asked once: a signal from here on is answered after the next step
         if step % s.val_every == 0 or over or stopping:
-            print()
+            print(end="\n" if line_every == 1 else "")
             row = {"step": step, "pictures": step * per_step, "seconds": round(seconds, 1),
-                   "lr": optimizers[0].param_groups[0]["lr"], "train_loss": running / since}
+                   "lr": optimizers[0].param_groups[0]["lr"], **{n: v / since for n, v in sums.items()}}
             if not stopping:
-                row.update(validate(model, recipe, DataLoader(val_photos, batch_sampler=val_keys, **loading)))
+                result = validate(model, recipe, DataLoader(val_photos, batch_sampler=val_keys, **loading))
+                row.update({f"val_{name}": value for name, value in result.items()})
                 print("  ".join(f"{k} {v:.4f}" for k, v in row.items() if k not in ("step", "pictures", "seconds", "lr")))
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"the validation loss became {row['loss']} at step {step}: try a lower --lr")
+                if not math.isfinite(row["val_loss"]):
+                    raise UserError(f"the validation loss became {row['val_loss']} at step {step}: try a lower --lr")
                 sample()
             rows.append(row)
-            running, since = 0., 0
+            sums, since = {}, 0
             seconds = before + time.monotonic() - start_time
-            if row.get("loss", math.inf) < best:
-                best = row["loss"]
+            if row.get("val_loss", math.inf) < best:
+                best = row["val_loss"]
                 checkpoint("best.pt")
             checkpoint("last.pt")
             write_log(rows, folder / "log.csv")

@@ -77,11 +77,13 @@ def test_kill_9_and_resume_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
            [{k: v for k, v in r.items() if k not in drop} for r in b["log"]]
 
 
-def test_sigterm_saves_the_step_in_hand_and_says_how_to_go_on(tmp_path):
-    process = command(*TINY, "--steps", 100_000, "--output", tmp_path / "run")
+@pytest.mark.parametrize("group", [False, True], ids=["the program", "its whole process group"])
+def test_sigterm_saves_the_step_in_hand_and_says_how_to_go_on(tmp_path, group):
+    """`timeout` and job schedulers send it to the loading processes as well."""
+    process = command(*TINY, "--workers", 2, "--steps", 100_000, "--output", tmp_path / "run", start_new_session=True)
     wait_for(tmp_path / "run" / "last.pt", process)
     first = saved(tmp_path / "run")["step"]
-    process.send_signal(signal.SIGTERM)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
     out, err = process.communicate()
     assert process.returncode == 130 and "--resume" in out and not err
     assert saved(tmp_path / "run")["step"] >= first
@@ -122,7 +124,7 @@ def test_log_and_curves_have_one_row_a_validation_also_after_a_resume(tmp_path):
         rows = list(csv.DictReader(file))
     assert [r["step"] for r in rows] == ["4", "8", "12"] and rows[-1]["pictures"] == "48"
     assert all(np.isfinite(float(r[k])) for r in rows for k in
-               ("train_loss", "loss", "mse", "psnr", "ssim", "transfer", "spread"))
+               ("train_loss", "val_loss", "val_mse", "val_psnr", "val_ssim", "val_transfer", "val_spread"))
     assert Image.open(tmp_path / "run" / "loss.png").size == (640, 400)
 
 
@@ -165,10 +167,9 @@ def test_the_style_loss_can_only_move_the_style_encoder():
 
 
 def test_combined_and_dual_objectives():
-    color, style = torch.tensor(2.), torch.tensor(10.)
-    assert train.objectives(train.Settings(), color, None) == [color]
-    assert train.objectives(train.Settings(style_loss="combined", alpha=.75), color, lambda: style) == [4.]
-    assert train.objectives(train.Settings(style_loss="dual"), color, lambda: style) == [color, style]
+    assert train.objective(train.Settings(), 0, 2., None) == 2.
+    assert train.objective(train.Settings(style_loss="combined", alpha=.75), 0, 2., 10.) == 4.
+    assert [train.objective(train.Settings(style_loss="dual"), k, 2., 10.) for k in (0, 1)] == [2., 10.]
 
 
 def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colours(tmp_path):
@@ -194,7 +195,8 @@ def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colours(tm
 
 
 @pytest.mark.parametrize("arguments", ["--size 100", "--batch-size 0", "--lr -1", "--preset nonsense", "--dropout 1",
-                                       "--mse 0 --lpips 0", "--no-style --style-loss dual", "--epochs many"])
+                                       "--mse 0 --lpips 0", "--no-style --style-loss dual", "--epochs many",
+                                       "--epochs 0", "--lr nan", "--minutes inf", "--width 1000", "--seed 99999999999"])
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         train.main(arguments.split())
@@ -219,7 +221,7 @@ def test_errors_of_a_run_are_one_line(tmp_path):
         assert process.returncode == 1 and err.count("\n") == 1, (out, err)
         return err
     assert "--resume" in message(*TINY, "--steps", 2, "--output", run)
-    assert "no such folder" in message("--data", tmp_path / "nowhere", "--lpips", 0, "--output", tmp_path / "x")
+    assert "is no folder" in message("--data", tmp_path / "nowhere", "--lpips", 0, "--output", tmp_path / "x")
     assert "no such file" in message(*TINY, "--lpips", 1, "--lpips-weights", tmp_path / "nothing.pth",
                                      "--output", tmp_path / "x")
     assert "latent" in message(*TINY, "--latent", 9, "--init", run / "last.pt", "--output", tmp_path / "x")
