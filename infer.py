@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch.nn import functional as F
 
 from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, list_pictures, mean_chroma,
                   network_to_lab, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show, square,
@@ -116,18 +117,23 @@ def colorize(model, picture, z, size, strength=1., raw=False):
     if raw:
         return to_picture(lab_to_gamut(lab)[0])
 
+    # Transposed convolutions can leave a checkerboard of single pixels, which enlarging would turn into dots. The
+    # filter [1 2 1] / 4 in both directions, as two passes of [1 1] / 2, takes out just that frequency.
+    ab = F.pad(lab[:, 1:], (1, 1, 1, 1), mode="replicate")
+    ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)                     # (1, 2, h, w)
+
     # Joined in strips of rows, so that memory does not grow with the photo beyond the two pictures
     # themselves. Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
     W, H = picture.size
-    planes = [Image.fromarray(plane.numpy()) for plane in lab[0, 1:]]                 # mode F, (h, w)
+    planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                      # mode F, (h, w)
     result = Image.new("RGB", (W, H))
     rows = max(1, STRIP_PIXELS // W)
     for y in range(0, H, rows):
         end = min(y + rows, H)
         strip = to_tensor(picture.crop((0, y, W, end)))[None] / 255                   # (1, 3, rows, W)
-        box = (0, y * lab.shape[2] / H, lab.shape[3], end * lab.shape[2] / H)
-        ab = [np.array(p.resize((W, end - y), Image.Resampling.BICUBIC, box=box)) for p in planes]
-        strip = torch.cat([rgb_to_lab(strip)[:, :1], torch.from_numpy(np.stack(ab))[None]], dim=1)
+        box = (0, y * ab.shape[2] / H, ab.shape[3], end * ab.shape[2] / H)
+        large = [np.array(p.resize((W, end - y), Image.Resampling.BICUBIC, box=box)) for p in planes]
+        strip = torch.cat([rgb_to_lab(strip)[:, :1], torch.from_numpy(np.stack(large))[None]], dim=1)
         result.paste(to_picture(lab_to_gamut(strip)[0]), (0, y))
     return result
 
