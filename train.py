@@ -386,19 +386,20 @@ def train(preset, given, resume, dry_run):
                 with autocast:
                     out = model(gray, rgb_to_network(style, s.color) if s.style else None)
                 out = out.float()
-                color, terms = color_loss(out, gray, rgb, style, s.color, recipe.weights, recipe.lpips, turn)
-                losses = {"train_loss": color}
-                if s.style_loss != "none":
-                    of_codes = style_loss(model, gray, style, out, s.color)
-                    losses = {"train_loss": objective(s, k, color, of_codes), "color_loss": color, "style_loss": of_codes}
-                loss = losses["train_loss"]
+                color, _ = color_loss(out, gray, rgb, style, s.color, recipe.weights, recipe.lpips, turn)
+                of_codes = style_loss(model, gray, style, out, s.color) if s.style_loss != "none" else None
+                loss = objective(s, k, color, of_codes)
                 scaler.scale(loss / s.accumulate).backward()
-                if not math.isfinite(value := loss.item()):
+                # Each item() makes a GPU wait, so every loss is read once, here.
+                values = {"train_loss": loss.item()}
+                if of_codes is not None:
+                    values.update(color_loss=color.item(), style_loss=of_codes.item())
+                if not math.isfinite(values["train_loss"]):
                     kept = f"{show(last)} is still good" if last.exists() else "nothing was saved yet"
-                    raise UserError(f"the loss became {value} at step {step}: try a lower --lr (now {s.lr:g})"
-                                    f"{', no --amp' if s.amp else ''} or --clip 1; {kept}")
+                    raise UserError(f"the loss became {values['train_loss']} at step {step}: try a lower --lr "
+                                    f"(now {s.lr:g}){', no --amp' if s.amp else ''} or --clip 1; {kept}")
                 if k == 0:
-                    sums.update({n: sums.get(n, 0) + v.item() / s.accumulate for n, v in losses.items()})
+                    sums.update({n: sums.get(n, 0) + v / s.accumulate for n, v in values.items()})
             if s.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
