@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 import infer
 import train
-from losses import make_trunk
 
 torchgen = pytest.importorskip("torchgen", reason="the table of operators comes with torch's own wheels only")
 TABLE = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
@@ -92,24 +91,17 @@ def missing(names, table):
                   | {n for n in inside if "MPS" not in table.get(n, set())})
 
 
-@pytest.fixture(scope="module")
-def trunk(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunk") / "alexnet_features.pth"
-    torch.save(make_trunk("alex").state_dict(), path)
-    return str(path)
-
-
-def record_training(trunk, folder, monkeypatch, *options):
+def record_training(random_alexnet, folder, monkeypatch, *options):
     monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # Ctrl-C stays with pytest
-    arguments = train.parse([*TINY, "--lpips-weights", trunk, "--output", str(folder), *options])
+    arguments = train.parse([*TINY, "--lpips-weights", random_alexnet, "--output", str(folder), *options])
     with Recorder() as recorder:
         train.train(*arguments)
     return recorder
 
 
 @pytest.mark.parametrize("preset", train.PRESETS)
-def test_every_operator_of_training_has_an_mps_kernel(preset, table, trunk, tmp_path, monkeypatch):
-    recorder = record_training(trunk, tmp_path, monkeypatch, "--preset", preset)
+def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alexnet, tmp_path, monkeypatch):
+    recorder = record_training(random_alexnet, tmp_path, monkeypatch, "--preset", preset)
     s = train.Settings(**train.PRESETS[preset])
     seen = {"convolution", "convolution_backward", "native_batch_norm_backward", "max_pool2d_with_indices_backward",
             "addcdiv_", "linalg_vector_norm"}
@@ -122,8 +114,8 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, trunk, tmp_
     assert recorder.doubles == set()
 
 
-def test_every_operator_of_inference_has_an_mps_kernel(table, trunk, tmp_path, monkeypatch):
-    record_training(trunk, tmp_path, monkeypatch)
+def test_every_operator_of_inference_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
+    record_training(random_alexnet, tmp_path, monkeypatch)
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     for file, size in zip(files, [(50, 37), (33, 70), (40, 40)]):  # odd ones, which are padded
         Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)).save(file)

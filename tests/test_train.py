@@ -14,7 +14,6 @@ from PIL import Image
 
 import train
 from data import Photos, UserError, draw_scene, gray_of, rgb_to_lab, rgb_to_network, network_to_rgb, to_tensor
-from losses import make_trunk
 from model import Colorizer, ModelConfig
 
 TOP = Path(train.__file__).parent
@@ -98,18 +97,12 @@ def test_a_non_finite_loss_stops_with_advice_and_leaves_the_checkpoint(tmp_path,
     assert (run / "last.pt").read_bytes() == before
 
 
-@pytest.fixture
-def alexnet(tmp_path):
-    torch.manual_seed(0)
-    torch.save(make_trunk("alex").state_dict(), tmp_path / "alex.pth")
-    return ["--lpips-net", "alex", "--lpips-weights", str(tmp_path / "alex.pth")]
-
-
 @pytest.mark.parametrize("preset", train.PRESETS)
-def test_every_preset_passes_a_dry_run(preset, tmp_path, alexnet):
+def test_every_preset_passes_a_dry_run(preset, tmp_path, random_alexnet):
     run = tmp_path / "run"
     small = "--data synthetic --size 32 --width 4 --latent 8 --batch-size 4 --workers 0 --device cpu".split()
-    train.main(["--preset", preset, *small, *alexnet, "--dry-run", "--output", str(run)])
+    train.main(["--preset", preset, *small, "--lpips-net", "alex", "--lpips-weights", random_alexnet,
+                "--dry-run", "--output", str(run)])
     checkpoint = saved(run / "dry-run")
     assert checkpoint["step"] == 1 and checkpoint["preset"] == preset
     own_colours_only = 2 if preset == "unet" else 6
