@@ -391,14 +391,14 @@ class Photos(Dataset):
 
 
 class Batches:
-    """Yields lists of (epoch, index) without end, from batch number `start` on: DataLoader's batch_sampler.
+    """Yields lists of (epoch, index) without end, every `every`th from batch number `start` on: DataLoader's batch_sampler.
 
     Every epoch is a new shuffle made from (seed, epoch); they follow each other without a gap, so all batches
     are full, also for a set that is smaller than one batch.
     """
 
-    def __init__(self, n, batch_size, seed, start):
-        self.n, self.batch_size, self.seed, self.start = n, batch_size, seed, start
+    def __init__(self, n, batch_size, seed, start, every=1):
+        self.n, self.batch_size, self.seed, self.start, self.every = n, batch_size, seed, start, every
 
     def __iter__(self):
         at, epoch, order = self.start * self.batch_size, None, None
@@ -409,7 +409,7 @@ class Batches:
                     epoch = i // self.n
                     order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
                 batch.append((epoch, int(order[i % self.n])))
-            at += self.batch_size
+            at += self.batch_size * self.every
             yield batch
 
 

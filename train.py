@@ -5,6 +5,7 @@
     python train.py --data DIR --lpips-net alex         your own photos, the cheap perceptual loss
     python train.py --data synthetic --minutes 5 --size 64 --lpips 0        nothing to download at all
     python train.py --output runs/final --resume        go on after an interruption
+    torchrun --standalone --nproc_per_node=2 train.py   on two GPUs; --batch-size counts for each of them
 
     photo, style --(hue)--> gray --model(gray, style)--> out --color_loss--> backward, step
 
@@ -17,6 +18,7 @@ import contextlib
 import csv
 import itertools
 import math
+import os
 import signal
 import sys
 import time
@@ -24,6 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -278,9 +281,30 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def join_processes():
+    """This process's number and how many there are. torchrun sets these variables; without it we are alone."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # nccl for tensors on a GPU, gloo for those on the CPU
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average(tensors):
+    """Give each tensor, in place, its mean over all processes. DistributedDataParallel would do no more."""
+    if dist.is_initialized():
+        for t in tensors:
+            dist.all_reduce(t)
+            t /= dist.get_world_size()
+
+
 # ---- the loop ---------------------------------------------------------------------------------------------
 
 def train(preset, given, resume, dry_run):
+    rank, world = join_processes()
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # all compute the same and decide the same; the first one tells
     folder = Path(given.get("output") or f"runs/{preset}")
     last, saved = folder / "last.pt", None
     if last.exists() and not dry_run:
@@ -296,7 +320,11 @@ def train(preset, given, resume, dry_run):
     if device.type == "mps" and (s.amp or s.compile):
         raise UserError("--amp gives black or NaN pictures on MPS and --compile is unreliable there; leave them off")
 
+    if rank:
+        dist.barrier()  # the first process downloads, then the others find the folder
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
+    if world > 1 and not rank:
+        dist.barrier()
     recipe = Recipe(s, device)
     torch.manual_seed(s.seed)
     config = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})
@@ -325,10 +353,14 @@ def train(preset, given, resume, dry_run):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(saved["scaler"])
     photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
-    per_step = s.batch_size * s.accumulate
+    passes = s.accumulate * world  # forward passes a step, over all processes
+    per_step = s.batch_size * passes
+    if saved and rows[-1]["pictures"] != step * per_step:
+        raise UserError(f"{show(last)}: its steps are of {rows[-1]['pictures'] // step} pictures, not {per_step}; choose "
+                        "--batch-size and --accumulate so that their product, times the processes, is that")
     limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * len(photos) / per_step))
     loading = dict(num_workers=s.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    loader = iter(DataLoader(photos, batch_sampler=Batches(len(photos), s.batch_size, s.seed, step * s.accumulate), **loading))
+    loader = iter(DataLoader(photos, batch_sampler=Batches(len(photos), s.batch_size, s.seed, step * passes + rank, world), **loading))
     val_photos = Photos(validation, s.size, s.seed, False)
     val_keys = [[(0, i) for i in range(a, min(a + s.batch_size, len(validation)))]
                 for a in range(0, len(validation), s.batch_size)]
@@ -350,7 +382,7 @@ def train(preset, given, resume, dry_run):
     def checkpoint(name):
         save_atomically(folder / name, lambda part: torch.save({
             "format": FORMAT, "preset": preset, "model": asdict(config), "settings": asdict(s), "step": step,
-            "seconds": seconds, "best": best, "log": rows, "weights": model.state_dict(),
+            "seconds": before + time.monotonic() - start_time, "best": best, "log": rows, "weights": model.state_dict(),
             "optimizers": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict()}, part))
 
     stop = []  # filled by Ctrl-C and its like; the step in hand is finished first
@@ -364,25 +396,27 @@ def train(preset, given, resume, dry_run):
 
     if s.steps and step >= s.steps:
         print(f"nothing to do: this run has taken its {step} steps; give it more with --steps")
-    write_log(rows, folder / "log.csv")  # finds out now, and not after an hour, that the folder cannot be written
+    if rank == 0:
+        write_log(rows, folder / "log.csv")  # finds out now, and not after an hour, that the folder cannot be written
     autocast = torch.autocast(device.type, half) if s.amp else contextlib.nullcontext()
     line_every = 1 if sys.stdout.isatty() else 60  # seconds
     before, start_time = seconds, time.monotonic()  # before: of earlier sessions of this run
     first, window, sums, since = step, time.monotonic(), {}, 0
     model.train()
     while True:
-        seconds = before + time.monotonic() - start_time
         progress = max(step / limit, seconds / (60 * s.minutes) if s.minutes else 0)
         if progress >= 1:
             break
-        torch.manual_seed((s.seed << 32) + step)  # dropout and directions are functions of (seed, step)
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]
-        turn = torch.rand(()).item()  # of the directions along which the palette loss looks
+        losses = {}
         for k, optimizer in enumerate(optimizers):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(s, step, progress) / 10 ** k
             optimizer.zero_grad(set_to_none=True)
-            for gray, rgb, style in batches:
+            for j, (gray, rgb, style) in enumerate(batches):
+                # Dropout and directions are functions of the seed and the number of the forward pass.
+                torch.manual_seed((s.seed << 32) + step * passes + j * world + rank)
+                turn = torch.rand(()).item()  # of the directions along which the palette loss looks
                 with autocast:
                     out = model(gray, rgb_to_network(style, s.color) if s.style else None)
                 out = out.float()
@@ -394,12 +428,9 @@ def train(preset, given, resume, dry_run):
                 values = {"train_loss": loss.item()}
                 if of_codes is not None:
                     values.update(color_loss=color.item(), style_loss=of_codes.item())
-                if not math.isfinite(values["train_loss"]):
-                    kept = f"{show(last)} is still good" if last.exists() else "nothing was saved yet"
-                    raise UserError(f"the loss became {values['train_loss']} at step {step}: try a lower --lr "
-                                    f"(now {s.lr:g}){', no --amp' if s.amp else ''} or --clip 1; {kept}")
                 if k == 0:
-                    sums.update({n: sums.get(n, 0) + v / s.accumulate for n, v in values.items()})
+                    losses = {n: losses.get(n, 0) + v / s.accumulate for n, v in values.items()}
+            average([p.grad for p in model.parameters() if p.grad is not None])
             if s.clip:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
@@ -408,7 +439,15 @@ def train(preset, given, resume, dry_run):
         step += 1
         since += 1
 
-        seconds = before + time.monotonic() - start_time
+        # All processes get the same losses and the same clock, so that they decide alike.
+        told = torch.tensor([*losses.values(), bool(stop), before + time.monotonic() - start_time], dtype=torch.float64)
+        average([told])
+        *values, stopping, seconds = told.tolist()  # a signal from here on is answered after the next step
+        if not math.isfinite(values[0]):
+            kept = f"{show(last)} is still good" if last.exists() else "nothing was saved yet"
+            raise UserError(f"the loss became {values[0]} at step {step - 1}: try a lower --lr "
+                            f"(now {s.lr:g}){', no --amp' if s.amp else ''} or --clip 1; {kept}")
+        sums = {n: sums.get(n, 0) + v for n, v in zip(losses, values)}
         if time.monotonic() - window > line_every or step == limit:
             rate = (step - first) * per_step / max(time.monotonic() - window, 1e-6)
             left = max(0, min((limit - step) * per_step / rate, 60 * s.minutes - seconds if s.minutes else math.inf))
@@ -417,8 +456,10 @@ def train(preset, given, resume, dry_run):
                   end="" if line_every == 1 else "\n", flush=True)
             first, window = step, time.monotonic()
         over = step >= limit or (s.minutes and seconds >= 60 * s.minutes)
-        stopping = bool(stop)  # asked once: a signal from here on is answered after the next step
-        if step % s.val_every == 0 or over or stopping:
+        due = step % s.val_every == 0 or over or stopping
+        if due:
+            average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's running statistics
+        if due and rank == 0:
             print(end="\n" if line_every == 1 else "")
             row = {"step": step, "pictures": step * per_step, "seconds": round(seconds, 1),
                    "lr": optimizers[0].param_groups[0]["lr"], **{n: v / since for n, v in sums.items()}}
@@ -431,7 +472,6 @@ def train(preset, given, resume, dry_run):
                 sample()
             rows.append(row)
             sums, since = {}, 0
-            seconds = before + time.monotonic() - start_time
             if row.get("val_loss", math.inf) < best:
                 best = row["val_loss"]
                 checkpoint("best.pt")
@@ -448,10 +488,13 @@ def train(preset, given, resume, dry_run):
 def main(argv=None):
     arguments = parse(argv)
     try:
-        return train(*arguments)
+        code = train(*arguments)
     except torch.cuda.OutOfMemoryError:
         raise UserError("the GPU's memory is full: halve --batch-size and double --accumulate, add --amp, or take "
                         "--lpips-net alex") from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

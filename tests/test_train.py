@@ -76,6 +76,26 @@ def test_kill_9_and_resume_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
            [{k: v for k, v in r.items() if k not in drop} for r in b["log"]]
 
 
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path):
+    """--accumulate 2 is the oracle: the same pictures, each half normalised by itself, the gradients' mean."""
+    def losses(folder):
+        with open(folder / "log.csv") as file:
+            return [float(row["train_loss"]) for row in csv.DictReader(file)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = [*TINY, "--palette", ".1", "--dropout", ".2"]
+    assert command(*options, "--steps", 12, "--accumulate", 2, "--output", one).wait() == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TOP / "train.py")]
+    process = subprocess.run([*torchrun, *options, "--steps", "8", "--output", str(two)], capture_output=True, text=True,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("done:") == 1  # one of them tells, and writes
+    assert losses(two) == pytest.approx(losses(one)[:2], rel=1e-5)
+    with pytest.raises(UserError, match="its steps are of 8 pictures, not 4"):
+        train.main([*options, "--steps", "12", "--output", str(two), "--resume"])
+    train.main([*options, "--steps", "12", "--accumulate", "2", "--output", str(two), "--resume"])
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+
+
 @pytest.mark.parametrize("group", [False, True], ids=["the program", "its whole process group"])
 def test_sigterm_saves_the_step_in_hand_and_says_how_to_go_on(tmp_path, group):
     """`timeout` and job schedulers send it to the loading processes as well."""
