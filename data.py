@@ -154,7 +154,7 @@ def rotate_hue(rgb, angle):
 
 # ---- files -> pictures ------------------------------------------------------------------------------------
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0           # mean sqrt(a^2 + b^2) under which a picture counts as gray
 

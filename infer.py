@@ -12,6 +12,7 @@ to the size of the photo and joined with the photo's own L: as sharp as the inpu
     photo --fit, gray_of--> (1, 1, h, w) --colorize--> a, b (h, w) --enlarge, join L--> picture (H, W)
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -251,7 +252,7 @@ def main(argv=None):
         raise UserError(f"{show(args.weights)}: a plain U-Net without style encoder; it cannot follow a style picture")
 
     failed = 0
-    inputs = {p.resolve() for p in photos + style_paths}
+    inputs = {os.path.realpath(p) for p in photos + style_paths}
     taken = set()
 
     def save(picture, name):
@@ -261,7 +262,7 @@ def main(argv=None):
             if path not in taken:
                 break
             path = output / f"{name}_{n}.png"
-        if path.resolve() in inputs:
+        if os.path.realpath(path) in inputs:
             raise UserError(f"{show(path)}: is one of the inputs, and stays; choose another --output")
         taken.add(path)
         save_atomically(path, lambda part: picture.save(part, quality=95, subsampling=0))
