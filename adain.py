@@ -34,11 +34,13 @@ class AdaIN(nn.Module):
             self.affine.bias.copy_(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
     def forward(self, x, z):
+        B, C, H, W = x.shape
         # Half precision would lose the variance of large maps; statistics are always taken in fp32.
-        x, z = x.float(), z.float()
         with torch.autocast(x.device.type, enabled=False):
-            scale, shift = self.affine(z)[:, :, None, None].chunk(2, dim=1)           # 2 x (B, C, 1, 1)
-            var, mu = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)       # 2 x (B, C, 1, 1)
-            gain = scale * torch.rsqrt(var + self.eps)                                # (B, C, 1, 1)
-            # scale * (x - mu) / sigma + shift, arranged so that the big tensor x is touched once.
-            return torch.addcmul(shift - gain * mu, x, gain)                          # (B, C, H, W)
+            scale, shift = self.affine(z.float()).expand(B, -1).chunk(2, dim=1)       # 2 x (B, C)
+            # To normalise each channel of each picture by itself is a batch normalisation of one picture that has
+            # all these channels. torch does it, scale, shift and gradients in one go: several times as fast as the
+            # formula written out. None: no running statistics; True: always the statistics of x.
+            x = torch.batch_norm(x.float().reshape(1, B * C, H, W), scale.flatten(), shift.flatten(),
+                                 None, None, True, 0., self.eps, False)
+        return x.view(B, C, H, W)

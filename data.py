@@ -358,7 +358,7 @@ class Photos(Dataset):
     the moment of a restart change nothing.
     Returns photo (3, S, S) uint8, style (3, S, S) uint8 and the hue angle, 0 for "as it is".
     style_from: "same" - the style is the photo itself (the paper's implicit training); "crop" - another
-    random crop of it; "other" - another picture of the set (section 3.2).
+    random crop of it, turned by a random multiple of 90 degrees; "other" - another picture of the set (section 3.2).
     """
 
     def __init__(self, pictures, size, seed, train, hue_rotation=0., style_from="same"):
@@ -382,7 +382,9 @@ class Photos(Dataset):
         style, angle = photo, 0.
         if self.train:
             if self.style_from == "crop":
-                style = to_tensor(square(picture, self.size, rng))
+                # Turned as well: else the code would tell what was above and what below, and the result would
+                # follow the style's layout and not the photo's objects.
+                style = to_tensor(square(picture, self.size, rng).rotate(90 * int(rng.integers(4))))
             elif self.style_from == "other":
                 style = to_tensor(square(self.load(int(rng.integers(len(self)))), self.size, rng))
             if rng.random() < self.hue_rotation:

@@ -61,7 +61,7 @@ class Settings:
     val_size: int = opt(500, "at most so many validation pictures, 0: all")
     workers: int = opt(2, "processes that load pictures; changes the speed, never the result")
     hue_rotation: float = opt(0., "share of pictures whose colours are turned by a random angle, style and all")
-    style_from: str = opt("same", "the style is the photo itself, another crop of it, or another photo",
+    style_from: str = opt("same", "the style is the photo itself, another crop of it, turned, or another photo",
                           ["same", "crop", "other"])
     # the network (see model.py)
     color: str = opt("rgb", "what the network makes: rgb, or a and b beside the photo's own L", ["rgb", "lab"])
@@ -103,8 +103,8 @@ PRESETS = {
     "lpips-only": dict(mse=0.),                                                     # appendix A.1.1
     # Not in the paper: LAB made to work. Hues are turned, so colour cannot be guessed from the gray photo; the
     # palette loss works against the pale averages that MSE asks for. Weights and rate were found by short trials.
-    "hue-rotation": dict(color="lab", hue_rotation=.5, lpips=.05, lpips_net="alex", palette=.1, dropout=0.,
-                         lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
+    "hue-rotation": dict(color="lab", hue_rotation=.5, style_from="crop", lpips=.05, lpips_net="alex", palette=2.,
+                         dropout=0., lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }
 
 
@@ -153,7 +153,7 @@ class Recipe:
         self.s, self.device = s, device
         self.weights = {"mse": s.mse, "lpips": s.lpips, "palette": s.palette}
         self.lpips = LPIPS(s.lpips_net, load_trunk(s.lpips_net, s.lpips_weights)).to(device) if s.lpips else None
-        if self.lpips and device.type != "mps":
+        if self.lpips and device.type != "mps":  # faster for convolutions alone; on MPS it has given wrong gradients
             self.lpips.to(memory_format=torch.channels_last)
 
     def prepare(self, batch):
@@ -335,8 +335,6 @@ def train(preset, given, resume, dry_run):
     model = Colorizer(config).to(device)
     if initial:
         model.load_state_dict(initial["weights"])
-    if device.type != "mps":  # there, BatchNorm's gradient was silently wrong in channels_last (pytorch #175189)
-        model.to(memory_format=torch.channels_last)
     if s.compile:
         model.compile()
     # Solution 2 of section 3.2 has a second one, for the style loss, with a tenth of the learning rate.
@@ -440,7 +438,7 @@ def train(preset, given, resume, dry_run):
         since += 1
 
         # All processes get the same losses and the same clock, so that they decide alike.
-        told = torch.tensor([*losses.values(), bool(stop), before + time.monotonic() - start_time], dtype=torch.float64)
+        told = torch.tensor([*losses.values(), bool(stop), before + time.monotonic() - start_time])
         average([told])
         *values, stopping, seconds = told.tolist()  # a signal from here on is answered after the next step
         if not math.isfinite(values[0]):

@@ -48,16 +48,23 @@ def statistics(trunk):
     return np.array([p.detach().double().abs().mean().item() for p in trunk.parameters()])
 
 
-def main():
+def original_package(trunk):
+    """The module lpips, with trunk(net) for its pretrained networks."""
     def pretrained(net):
-        return lambda pretrained: types.SimpleNamespace(features=seeded_trunk(net))
+        return lambda pretrained: types.SimpleNamespace(features=trunk(net))
     stubs = {"torchvision": {"models": types.SimpleNamespace(vgg16=pretrained("vgg"), alexnet=pretrained("alex"))},
              "scipy": {}, "scipy.ndimage": {"zoom": None}, "tqdm": {"tqdm": None}}
     for name, content in stubs.items():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(content)
     import lpips  # only now that it finds the stubs
+    for name in stubs:
+        del sys.modules[name]  # others may want the real ones
+    return lpips
 
+
+def main():
+    lpips = original_package(seeded_trunk)
     found = {}
     for net in SIZES:
         original = lpips.LPIPS(net=net, verbose=False).double()

@@ -549,13 +549,16 @@ def test_style_comes_from_the_photo_a_crop_of_it_or_another_picture(tmp_path):
 
     def owners(style_from):  # of 40 items of picture 2: whose styles these are, how many are the photo itself
         items = [Photos(paths, 16, 0, True, style_from=style_from)[epoch, 2][:2] for epoch in range(40)]
-        photos, styles = ({colours(6).index(tuple(x[:, -1, 8].tolist())) for x in xs} for xs in zip(*items))
+        photos, styles = ({colours(6).index(tuple(x[:, 8, 8].tolist())) for x in xs} for xs in zip(*items))
         assert photos == {2}
-        return styles, sum(torch.equal(photo, style) for photo, style in items)
+        # The white edge is cut off now and then; else it is on one side: 0 above, 1 left, 2 below, 3 right.
+        sides = {side for _, x in items for side, edge in enumerate([x[:, 0, 8], x[:, 8, 0], x[:, -1, 8], x[:, 8, -1]])
+                 if (edge == 255).all()}
+        return styles, sum(torch.equal(photo, style) for photo, style in items), sides
 
-    assert owners("same") == ({2}, 40)
-    who, identical = owners("crop")
-    assert who == {2} and identical < 10
+    assert owners("same") == ({2}, 40, {0})
+    who, identical, sides = owners("crop")
+    assert who == {2} and identical < 10 and sides == {0, 1, 2, 3}
     assert owners("other")[0] == set(range(6))
 
 

@@ -1,0 +1,221 @@
+"""How fast and how large: measurements, not tests; pytest does not collect this file.
+
+    pip install --no-deps lpips==0.1.4
+    python tests/bench.py lpips        ours against the package lpips 0.1.4, the same random trunk weights
+    python tests/bench.py step         a training step against a plain one
+    python tests/bench.py profile      where a training step spends its time
+    python tests/bench.py kept         what a training step keeps for its backward pass: an estimate of GPU memory
+    python tests/bench.py infer        infer.py on photos of 0.3 to 48 megapixels, and on a folder of 100
+
+Two candidates run in turn in one process, A B A B ..., because machines drift; what counts is the ratio. Peak
+memory is that of a process of its own. --threads N is torch's number of threads (1).
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+TOP = Path(__file__).parents[1]
+sys.path[:0] = [str(TOP), str(Path(__file__).parent)]
+from adain import AdaIN  # noqa: E402
+from data import draw_scene, gray_of, rgb_to_network  # noqa: E402
+from losses import LPIPS, color_loss  # noqa: E402
+from make_lpips_fixture import original_package, seeded_trunk  # noqa: E402
+from model import Colorizer, ModelConfig  # noqa: E402
+
+SIZE, BATCH = 128, 16
+
+
+def in_turn(candidates, rounds):
+    """{name: function} -> {name: median seconds}, and the median ratio of the first's time to each."""
+    for call in candidates.values():
+        call()
+    times = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    first = next(iter(times.values()))
+    return {name: (statistics.median(t), statistics.median(a / b for a, b in zip(first, t))) for name, t in times.items()}
+
+
+def peak(*arguments):
+    """Peak memory in MB, and seconds, of a Python process of its own."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
+    usage = os.wait4(process.pid, 0)[2]
+    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3), time.perf_counter() - start
+
+
+# ---- LPIPS ------------------------------------------------------------------------------------------------
+
+def distance(net, which):
+    """A function that computes distance and gradient for a batch."""
+    torch.manual_seed(0)
+    x, y = torch.rand(2, BATCH, 3, SIZE, SIZE)
+    if which == "package":
+        model = original_package(seeded_trunk).LPIPS(net=net, verbose=False)
+    else:
+        model = LPIPS(net, seeded_trunk(net)).to(memory_format=torch.channels_last)
+
+    def call():
+        z = x.clone().requires_grad_()
+        d = model(z, y, normalize=True) if which == "package" else model(z, y)
+        d.sum().backward()
+        return d.flatten().detach(), z.grad
+    return call
+
+
+def bench_lpips(args):
+    print("| trunk | | seconds | times as fast | peak MB |\n|---|---|---|---|---|")
+    for net in ("alex", "vgg"):
+        candidates = {which: distance(net, which) for which in ("package", "ours")}
+        (d, g), (e, h) = (c() for c in candidates.values())
+        assert torch.allclose(d, e, rtol=1e-4) and (g - h).norm() < .01 * g.norm()  # (a max-pooling's tie may fall either way)
+        for which, (seconds, ratio) in in_turn(candidates, args.rounds).items():
+            mb, _ = peak(__file__, "one", "--net", net, "--which", which)
+            print(f"| {net} | {which} | {seconds:.3f} | {ratio:.2f} | {mb:.0f} |", flush=True)
+
+
+class PlainAdaIN(AdaIN):
+    """Equation (1) as it is written, one operation after the other."""
+
+    def forward(self, x, z):
+        scale, shift = self.affine(z)[:, :, None, None].chunk(2, dim=1)
+        var, mu = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+        return scale * (x - mu) / torch.sqrt(var + self.eps) + shift
+
+
+# ---- a training step --------------------------------------------------------------------------------------
+
+def training_step(which, net="alex"):
+    """Forward, loss, backward and Adam of the paper's final model. plain: as torch does it when nobody cares."""
+    torch.manual_seed(0)
+    rgb = torch.rand(BATCH, 3, SIZE, SIZE)
+    model = Colorizer(ModelConfig()).train()
+    if which == "plain":
+        for layer in model.adain:
+            layer.__class__ = PlainAdaIN
+        package = original_package(seeded_trunk).LPIPS(net=net, verbose=False)
+
+        def lpips(a, b):
+            return package(a, b, normalize=True)
+    else:
+        lpips = LPIPS(net, seeded_trunk(net)).to(memory_format=torch.channels_last)
+        if which == "channels_last":
+            model.to(memory_format=torch.channels_last)
+        if which == "compiled":
+            model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def call():
+        gray = gray_of(rgb)
+        out = model(gray, rgb_to_network(rgb, "rgb"))
+        loss, _ = color_loss(out, gray, rgb, rgb, "rgb", {"mse": 1, "lpips": 1, "palette": 0}, lpips)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return call
+
+
+def bench_step(args):
+    print("| step | seconds | times as fast |\n|---|---|---|")
+    candidates = {which: training_step(which) for which in ("plain", "channels_last", "ours", "compiled")}
+    for which, (seconds, ratio) in in_turn(candidates, args.rounds).items():
+        print(f"| {which} | {seconds:.3f} | {ratio:.2f} |", flush=True)
+
+
+def bench_profile(args):
+    call = training_step("ours")
+    call()
+    with torch.profiler.profile(record_shapes=args.shapes) as profile:
+        for _ in range(args.rounds):
+            call()
+    table = profile.key_averages(group_by_input_shape=args.shapes)
+    print(table.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40, max_shapes_column_width=70))
+
+
+def kept(size, batch, net, amp):
+    """(bytes for the backward pass, bytes of weights, gradients and Adam's state, LPIPS included) of one step.
+
+    Every tensor that autograd saves is counted once by its storage; on top of that a GPU needs the largest
+    intermediate results and the workspace of its convolutions.
+    """
+    model, trunk = Colorizer(ModelConfig()).train(), LPIPS(net, seeded_trunk(net))
+    rgb, saved = torch.rand(batch, 3, size, size), {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address comes twice
+        return t
+    fixed = {p.untyped_storage().data_ptr() for m in (model, trunk) for p in m.state_dict().values()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gray = gray_of(rgb)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            out = model(gray, rgb)
+        color_loss(out.float(), gray, rgb, rgb, "rgb", {"mse": 1, "lpips": 1, "palette": 0}, trunk)
+    learned = sum(p.numel() for p in model.parameters()) * 4
+    frozen = sum(b.numel() for b in trunk.state_dict().values()) * 4
+    return sum(s.nbytes() for k, s in saved.items() if k not in fixed), 4 * learned + frozen
+
+
+def bench_kept(args):
+    print("| size | batch | LPIPS trunk | --amp | kept for backward, MB | weights, gradients, Adam, MB | together |\n" + "|---" * 7 + "|")
+    for size, batch, net, amp in [(128, 16, "vgg", False), (128, 16, "vgg", True), (128, 16, "alex", False), (256, 16, "vgg", False),
+                                  (256, 8, "vgg", False), (256, 4, "vgg", False), (256, 4, "vgg", True)]:
+        a, b = (n / 1e6 for n in kept(size, batch, net, amp))
+        print(f"| {size} | {batch} | {net} | {'yes' if amp else 'no'} | {a:.0f} | {b:.0f} | {a + b:.0f} |", flush=True)
+
+
+# ---- infer.py ---------------------------------------------------------------------------------------------
+
+def bench_infer(args):
+    torch_mb, torch_s = peak("-c", "import torch")
+    _, help_s = peak(TOP / "infer.py", "--help")
+    print(f"import torch: {torch_mb:.0f} MB, {torch_s:.1f} s; infer.py --help: {help_s - torch_s:.1f} s more\n")
+    print("| photo | seconds | peak MB | over import torch | bytes a pixel beyond the decoded photo |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        def infer(*photos):
+            return peak(TOP / "infer.py", *photos, TOP / "examples" / "style.jpg", "--output", folder + "/out/")
+        small = None
+        for width, height in [(640, 480), (4000, 3000), (8000, 6000)]:
+            path = f"{folder}/{width}.jpg"
+            draw_scene(1).resize((width, height)).save(path, quality=90)
+            mb, s = infer(path)
+            pixels = width * height
+            small = small or (mb, pixels)
+            grown = (mb - small[0]) * 1e6 / (pixels - small[1]) - 3 if pixels > small[1] else float("nan")
+            print(f"| {pixels / 1e6:.1f} MP | {s:.1f} | {mb:.0f} | {mb - torch_mb:.0f} | {grown:.1f} |", flush=True)
+        os.mkdir(f"{folder}/many")
+        for n in range(100):
+            draw_scene(n).resize((640, 480)).save(f"{folder}/many/{n}.jpg")
+        mb, s = infer(f"{folder}/many")
+        print(f"| folder of 100 x 0.3 MP | {s:.1f} | {mb:.0f} | {mb - torch_mb:.0f} | |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lpips", "step", "profile", "kept", "infer", "one"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shapes", action="store_true", help="profile: a row for each shape of the inputs")
+    parser.add_argument("--net", default="alex", help=argparse.SUPPRESS)
+    parser.add_argument("--which", default="ours", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.what == "one":  # the process whose memory peak() measures
+        call = distance(args.net, args.which)
+        for _ in range(3):
+            call()
+    else:
+        globals()["bench_" + args.what](args)
+
+
+if __name__ == "__main__":
+    main()
