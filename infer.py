@@ -14,6 +14,7 @@ to the size of the photo and joined with the photo's own L: as sharp as the inpu
 import argparse
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,9 @@ def load_checkpoint(path):
     if not path.is_file():
         raise UserError(f"{show(path)}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compress; a compressed one may hold terabytes
+            if any(entry.compress_type for entry in archive.infolist()):
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version, config, weights = checkpoint["format"], dict(checkpoint["model"]), dict(checkpoint["weights"])
         size = int(checkpoint["settings"]["size"])

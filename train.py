@@ -313,6 +313,9 @@ def train(preset, given, resume, dry_run):
         saved = load_checkpoint(last)
         if "optimizers" not in saved:
             raise UserError(f"{show(last)}: holds weights only; start from it with --init {show(last)} and another --output")
+        types = {f.name: f.type for f in fields(Settings)}
+        if saved["preset"] not in PRESETS or any(type(v) is not types.get(k) for k, v in saved["settings"].items()):
+            raise UserError(f"{show(last)}: its preset or settings are not of this version of the program")
         preset = saved["preset"]
     # Later ones win: the defaults, the preset, what the interrupted run was started with, the command line.
     s = Settings(**{**PRESETS[preset], **(saved["settings"] if saved else {}), **given})

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,7 @@ def test_a_bad_photo_among_good_ones_is_named_and_the_rest_is_done(place, capsys
     ("photos/gray.png styles/a.png --weights nothing.pt", "no such checkpoint"),
     ("photos/gray.png styles/a.png --weights photos/gray.png", "not a checkpoint"),
     ("photos/gray.png styles/a.png --weights torn.pt", "not a checkpoint"),
+    ("photos/gray.png styles/a.png --weights packed.pt", "not a checkpoint"),
     ("photos/gray.png styles/a.png --weights new.pt", "format 2"),
     ("photos/gray.png styles/a.png --weights huge.pt", "do not describe a network"),
     ("photos/gray.png styles/a.png --weights shapes.pt", "do not describe a network"),
@@ -210,6 +212,9 @@ def test_failures_are_one_line_with_exit_code_1_and_leave_nothing_behind(place, 
     os.mkdir("empty")
     good = torch.load("net.pt", weights_only=True)
     Path("torn.pt").write_bytes(Path("net.pt").read_bytes()[:5000])
+    with zipfile.ZipFile("net.pt") as loose, zipfile.ZipFile("packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in loose.namelist():
+            packed.writestr(name, loose.read(name))
     torch.save({**good, "format": 2}, "new.pt")
     torch.save({**good, "model": {**good["model"], "width": 10**6}}, "huge.pt")
     torch.save({**good, "model": {**good["model"], "width": 5}}, "shapes.pt")

@@ -108,6 +108,22 @@ def test_sigterm_saves_the_step_in_hand_and_says_how_to_go_on(tmp_path, group):
     assert saved(tmp_path / "run")["step"] >= first
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit for the size of a file")
+def test_a_full_disk_stops_with_advice_and_leaves_the_checkpoint(tmp_path):
+    import resource
+    run = tmp_path / "run"
+    train.main([*TINY, "--steps", "4", "--output", str(run)])
+    before = (run / "last.pt").read_bytes()
+    limit = len(before) // 2
+    process = command(*TINY, "--steps", 8, "--output", run, "--resume",
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    out, err = process.communicate()
+    assert process.returncode == 1 and err.count("\n") == 1 and "free some space" in err, err
+    assert (run / "last.pt").read_bytes() == before and not list(run.rglob(".part-*"))
+    train.main([*TINY, "--steps", "8", "--output", str(run), "--resume"])
+    assert saved(run)["step"] == 8
+
+
 def test_a_non_finite_loss_stops_with_advice_and_leaves_the_checkpoint(tmp_path, capsys):
     run = tmp_path / "run"
     train.main([*TINY, "--steps", "4", "--output", str(run)])
@@ -239,6 +255,10 @@ def test_errors_of_a_run_are_one_line(tmp_path):
                                      "--output", tmp_path / "x")
     assert "latent" in message(*TINY, "--latent", 9, "--init", run / "last.pt", "--output", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+    for settings in ({"size": "32"}, {"magic": 1}):  # a file made by another version, or by an enemy
+        (tmp_path / "foreign").mkdir(exist_ok=True)
+        torch.save({**saved(run), "settings": saved(run)["settings"] | settings}, tmp_path / "foreign" / "last.pt")
+        assert "not of this version" in message(*TINY, "--resume", "--output", tmp_path / "foreign")
 
 
 def test_init_starts_from_the_weights_alone(tmp_path):
