@@ -102,7 +102,8 @@ PRESETS = {
     "lab": dict(color="lab"),                                                       # table 4
     "lpips-only": dict(mse=0.),                                                     # appendix A.1.1
     # Not in the paper: LAB made to work. Hues are turned, so colour cannot be guessed from the gray photo; the
-    # palette loss works against the pale averages that MSE asks for. Weights and rate were found by short trials.
+    # palette loss works against the pale averages that MSE asks for, turned crops as styles against learning where
+    # things were. Weights and rate were found by short trials.
     "hue-rotation": dict(color="lab", hue_rotation=.5, style_from="crop", lpips=.05, lpips_net="alex", palette=2.,
                          dropout=0., lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }
@@ -304,7 +305,7 @@ def average(tensors):
 def train(preset, given, resume, dry_run):
     rank, world = join_processes()
     if rank:
-        sys.stdout = open(os.devnull, "w")  # all compute the same and decide the same; the first one tells
+        sys.stdout = open(os.devnull, "w")  # all decide alike; the first one tells, validates and writes
     folder = Path(given.get("output") or f"runs/{preset}")
     last, saved = folder / "last.pt", None
     if last.exists() and not dry_run:

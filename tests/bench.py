@@ -2,6 +2,7 @@
 
     pip install --no-deps lpips==0.1.4
     python tests/bench.py lpips        ours against the package lpips 0.1.4, the same random trunk weights
+    python tests/bench.py adain        one AdaIN layer, forward and backward, against equation (1) as it is written
     python tests/bench.py step         a training step against a plain one
     python tests/bench.py profile      where a training step spends its time
     python tests/bench.py kept         what a training step keeps for its backward pass: an estimate of GPU memory
@@ -91,6 +92,19 @@ class PlainAdaIN(AdaIN):
         scale, shift = self.affine(z)[:, :, None, None].chunk(2, dim=1)
         var, mu = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
         return scale * (x - mu) / torch.sqrt(var + self.eps) + shift
+
+
+def bench_adain(args):
+    print("| features | | milliseconds | times as fast |\n|---|---|---|---|")
+    for shape in [(BATCH, 16, 128, 128), (BATCH, 64, 32, 32)]:
+        torch.manual_seed(0)
+        x, g, z = torch.randn(shape), torch.randn(shape), torch.randn(BATCH, 32)
+
+        def calls(layer):
+            return lambda: layer(x.clone().requires_grad_(), z).backward(g)
+        candidates = {"as written": calls(PlainAdaIN(shape[1], 32)), "ours": calls(AdaIN(shape[1], 32))}
+        for which, (seconds, ratio) in in_turn(candidates, 4 * args.rounds).items():
+            print(f"| {'x'.join(map(str, shape))} | {which} | {1e3 * seconds:.1f} | {ratio:.2f} |", flush=True)
 
 
 # ---- a training step --------------------------------------------------------------------------------------
@@ -201,7 +215,7 @@ def bench_infer(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lpips", "step", "profile", "kept", "infer", "one"])
+    parser.add_argument("what", choices=["lpips", "adain", "step", "profile", "kept", "infer", "one"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shapes", action="store_true", help="profile: a row for each shape of the inputs")

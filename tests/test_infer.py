@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import infer
-from data import UserError, draw_scene, gray_of, rgb_to_lab, to_tensor
+from data import UserError, draw_scene, gray_of, network_to_lab, rgb_to_lab, to_tensor
 from losses import palette_distances
 from model import Colorizer, ModelConfig
 
@@ -260,6 +260,23 @@ def test_the_first_command_of_the_readme_colours_the_example(tmp_path):
     a, b = (to_tensor(p.resize((128, 128)))[None] / 255 for p in (result, style))
     distance, left_gray = palette_distances(a, b)
     assert 1 - distance / left_gray > .5
+
+
+def test_the_shipped_network_gives_the_same_picture_twice(tmp_path):
+    for name in ("a.png", "b.png"):
+        infer.main([str(TOP / "examples/gray.jpg"), str(TOP / "examples/style.jpg"), "--output", str(tmp_path / name)])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_padding_hardly_moves_the_shipped_networks_colours():
+    """A photo of 113x121, which is padded to 128x128, against the same part of the whole photo of 128x128."""
+    model, size = infer.load_model(infer.SHIPPED)
+    photo = infer.square(Image.open(TOP / "examples/chelsea.jpg"), 128)
+    z = infer.encode(model, Image.open(TOP / "examples/harvest.jpg"), size)
+    whole, part = (network_to_lab(model.colorize(gray_of(to_tensor(p)[None] / 255), z).detach(),
+                                  gray_of(to_tensor(p)[None] / 255), "lab")[:, 1:, :121, :113]
+                   for p in (photo, photo.crop((0, 0, 113, 121))))
+    assert whole.norm(dim=1).mean() > 10 and (whole - part).norm(dim=1).mean() < 6
 
 
 def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():

@@ -1,0 +1,69 @@
+"""Draw the README's figures from examples/ and the checkpoint that ships; not a test, pytest does not collect it.
+
+    python tests/figures.py [FOLDER]         writes sheet, strength, blend and closeup (.jpg) and latents.png there
+"""
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+TOP = Path(__file__).parents[1]
+sys.path.insert(0, str(TOP))
+import infer  # noqa: E402
+from data import gray_of, open_picture, run, square, to_picture, to_tensor  # noqa: E402
+
+PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
+
+
+def strip(cells, side=220):
+    """Pictures with captions in a row: the centre square of each."""
+    page = Image.new("RGB", (len(cells) * (side + 4) + 4, side + 24), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (caption, picture) in enumerate(cells):
+        page.paste(square(picture, side), (4 + i * (side + 4), 4))
+        pen.text((8 + i * (side + 4), side + 8), caption, fill="black")
+    return page
+
+
+def gray(picture):
+    return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else TOP / "figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    model, size = infer.load_model(infer.SHIPPED)
+    pictures = {name: open_picture(TOP / "examples" / f"{name}.jpg") for name in PHOTOS + STYLES}
+    z = {name: infer.encode(model, pictures[name], size) for name in STYLES}
+
+    def save(page, name):
+        page.save(folder / name, quality=90)
+        print(folder / name)
+
+    infer.main([*(str(TOP / "examples" / f"{n}.jpg") for n in PHOTOS), str(TOP / "examples/style.jpg"), "--styles",
+                *(str(TOP / "examples" / f"{n}.jpg") for n in STYLES[1:]), "--grid", "--output", str(folder / "sheet.jpg")])
+    infer.main([str(TOP / "examples" / f"{STYLES[0]}.jpg"), "--styles", *(str(TOP / "examples" / f"{n}.jpg") for n in STYLES[1:]),
+                "--latents", "--output", str(folder / "latents.png")])
+
+    photo = pictures["chelsea"]
+    save(strip([("the style", pictures["harvest"])] + [
+        (f"--strength {s:g}", infer.colorize(model, photo, z["harvest"], size, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
+
+    photo = pictures["gray"]
+    save(strip([("style A", pictures["garden"])] + [
+        (f"--blend {a},{4 - a}", infer.colorize(model, photo, (a * z["garden"] + (4 - a) * z["harvest"]) / 4, size))
+        for a in (4, 3, 2, 1, 0)] + [("style B", pictures["harvest"])], 180), "blend.jpg")
+
+    photo = pictures["rocket"]  # its two lattice towers are a pixel wide
+    result = infer.colorize(model, photo, z["style"], size)
+    box = (50, 310, 160, 420)
+    closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST) for p in (gray(photo), result)]
+    page = Image.new("RGB", (640 + 2 * 431, 427), "white")
+    for x, picture in zip((0, 644, 644 + 431), (result, *closeups)):
+        page.paste(picture, (x, 0))
+    ImageDraw.Draw(page).rectangle(box, outline="white")
+    save(page, "closeup.jpg")
+
+
+if __name__ == "__main__":
+    run(main)
