@@ -40,7 +40,7 @@ class AdaIN(nn.Module):
             scale, shift = self.affine(z.float()).expand(B, -1).chunk(2, dim=1)       # 2 x (B, C)
             # To normalise each channel of each picture by itself is a batch normalisation of one picture that has
             # all these channels. torch does it, scale, shift and gradients in one go: several times as fast as the
-            # formula written out. None: no running statistics; True: always the statistics of x.
+            # formula written out. None: no running statistics (and so no momentum); True: always those of x.
             x = torch.batch_norm(x.float().reshape(1, B * C, H, W), scale.flatten(), shift.flatten(),
                                  None, None, True, 0., self.eps, False)
         return x.view(B, C, H, W)

@@ -155,17 +155,16 @@ def color_loss(out, gray, rgb, style, color, weights, lpips=None, turn=0.):
     out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be; style: the style picture.
     color: "rgb" or "lab": MSE is taken on RGB or on a, b / 110, LPIPS always on RGB.
     weights: {"mse": w, "lpips": w, "palette": w}, a zero leaves the term out; the palette term compares the
-    (a, b) cloud of the output with the style's, along 8 directions.
+    (a, b) cloud of the output with the style's, along 8 directions that `turn` of their spacing rotates.
     Returns the weighted sum and a dictionary of the terms (means over the batch, without graph).
     """
     terms = {}
-    shown = network_to_rgb(out, gray, color) if weights["lpips"] or color == "rgb" else None
     if weights["mse"]:
         terms["mse"] = F.mse_loss(out, rgb_to_network(rgb, color))
     if weights["lpips"]:
-        terms["lpips"] = lpips(shown, rgb).mean()
+        terms["lpips"] = lpips(network_to_rgb(out, gray, color), rgb).mean()
     if weights["palette"]:
-        ab = out if color == "lab" else rgb_to_network(shown.clamp(0, 1), "lab")
+        ab = out if color == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
         # A quarter of the pixels is cloud enough. The output's are means of 2x2, so that the network gains nothing by
         # mixing its colours in a lattice of dots, to which its transposed convolutions lend themselves.
         terms["palette"] = sliced_wasserstein(F.avg_pool2d(ab, 2), rgb_to_network(style, "lab")[:, :, 1::2, 1::2],

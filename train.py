@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -282,18 +283,22 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def join_processes():
+def join_processes(device):
     """This process's number and how many there are. torchrun sets these variables; without it we are alone."""
     if "RANK" not in os.environ:
         return 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # nccl for tensors on a GPU, gloo for those on the CPU
+    if device.type == "cuda":
+        card = int(os.environ["LOCAL_RANK"])
+        if card >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs, but torchrun starts more processes: lower --nproc_per_node")
+        torch.cuda.set_device(card)
+    # gloo for tensors on the CPU, nccl for those on a GPU. The others wait as long as the first one validates.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return dist.get_rank(), dist.get_world_size()
 
 
 def average(tensors):
-    """Give each tensor, in place, its mean over all processes. DistributedDataParallel would do no more."""
+    """Give each tensor, in place, its mean over all processes. DistributedDataParallel does the same, only faster."""
     if dist.is_initialized():
         for t in tensors:
             dist.all_reduce(t)
@@ -303,9 +308,6 @@ def average(tensors):
 # ---- the loop ---------------------------------------------------------------------------------------------
 
 def train(preset, given, resume, dry_run):
-    rank, world = join_processes()
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # all decide alike; the first one tells, validates and writes
     folder = Path(given.get("output") or f"runs/{preset}")
     last, saved = folder / "last.pt", None
     if last.exists() and not dry_run:
@@ -324,12 +326,14 @@ def train(preset, given, resume, dry_run):
     if device.type == "mps" and (s.amp or s.compile):
         raise UserError("--amp gives black or NaN pictures on MPS and --compile is unreliable there; leave them off")
 
+    rank, world = join_processes(device)
     if rank:
-        dist.barrier()  # the first process downloads, then the others find the folder
+        sys.stdout = open(os.devnull, "w")  # all decide alike; the first one tells, validates and writes
+        dist.barrier()  # and downloads; the others go on when it has what it needs
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
+    recipe = Recipe(s, device)
     if world > 1 and not rank:
         dist.barrier()
-    recipe = Recipe(s, device)
     torch.manual_seed(s.seed)
     config = ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})
     initial = saved or (load_checkpoint(s.init) if s.init else None)  # dropout has no weights and may differ
@@ -364,8 +368,7 @@ def train(preset, given, resume, dry_run):
     loading = dict(num_workers=s.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=Batches(len(photos), s.batch_size, s.seed, step * passes + rank, world), **loading))
     val_photos = Photos(validation, s.size, s.seed, False)
-    val_keys = [[(0, i) for i in range(a, min(a + s.batch_size, len(validation)))]
-                for a in range(0, len(validation), s.batch_size)]
+    val_keys = [[(0, i) for i in range(a, min(a + 16, len(validation)))] for a in range(0, len(validation), 16)]
     if dry_run:
         limit, step, val_keys = 1, 0, val_keys[:1]
         folder = folder / "dry-run"
@@ -390,11 +393,12 @@ def train(preset, given, resume, dry_run):
     stop = []  # filled by Ctrl-C and its like; the step in hand is finished first
 
     def on_signal(number, _):
-        if stop:  # asked twice: at once, then
+        if stop and world == 1:  # asked twice: at once, then. (torchrun passes on what has reached us already.)
             sys.exit(130)
         stop.append(number)
     for number in STOP_SIGNALS:
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants us to live on
+            signal.signal(number, on_signal)
 
     if s.steps and step >= s.steps:
         print(f"nothing to do: this run has taken its {step} steps; give it more with --steps")
@@ -426,11 +430,10 @@ def train(preset, given, resume, dry_run):
                 of_codes = style_loss(model, gray, style, out, s.color) if s.style_loss != "none" else None
                 loss = objective(s, k, color, of_codes)
                 scaler.scale(loss / s.accumulate).backward()
-                # Each item() makes a GPU wait, so every loss is read once, here.
-                values = {"train_loss": loss.item()}
-                if of_codes is not None:
-                    values.update(color_loss=color.item(), style_loss=of_codes.item())
-                if k == 0:
+                if k == 0:  # each item() makes a GPU wait, so every loss is read once, here
+                    values = {"train_loss": loss.item()}
+                    if of_codes is not None:
+                        values.update(color_loss=color.item(), style_loss=of_codes.item())
                     losses = {n: losses.get(n, 0) + v / s.accumulate for n, v in values.items()}
             average([p.grad for p in model.parameters() if p.grad is not None])
             if s.clip:
@@ -483,6 +486,8 @@ def train(preset, given, resume, dry_run):
             first, window = step, time.monotonic()
         if stopping:
             print(f"stopped at step {step}; --output {show(folder)} --resume goes on from here")
+            if world > 1:
+                dist.barrier()  # torchrun ends all processes when the first of them leaves
             return 130
     print(f"done: {show(folder)}/best.pt, as in  python infer.py PHOTO STYLE --weights {show(folder)}/best.pt")
 

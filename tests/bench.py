@@ -49,10 +49,13 @@ def in_turn(candidates, rounds):
 
 def peak(*arguments):
     """Peak memory in MB, and seconds, of a Python process of its own."""
+    # A process inherits the peak of the one that starts it; so a small one stands between.
+    small = ("import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL); "
+             "print(os.wait4(p.pid, 0)[2].ru_maxrss)")
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.DEVNULL)
-    usage = os.wait4(process.pid, 0)[2]
-    return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3), time.perf_counter() - start
+    done = subprocess.run([sys.executable, "-S", "-c", small, sys.executable, *map(str, arguments)],
+                          capture_output=True, text=True, check=True)
+    return int(done.stdout) / (1e6 if sys.platform == "darwin" else 1e3), time.perf_counter() - start
 
 
 # ---- LPIPS ------------------------------------------------------------------------------------------------
@@ -110,7 +113,7 @@ def bench_adain(args):
 # ---- a training step --------------------------------------------------------------------------------------
 
 def training_step(which, net="alex"):
-    """Forward, loss, backward and Adam of the paper's final model. plain: as torch does it when nobody cares."""
+    """Forward, loss, backward and Adam of the paper's final model. plain: equation (1) written out and the package's LPIPS."""
     torch.manual_seed(0)
     rgb = torch.rand(BATCH, 3, SIZE, SIZE)
     model = Colorizer(ModelConfig()).train()

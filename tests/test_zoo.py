@@ -46,7 +46,6 @@ def encoded(picture, kind, **options):
 def animals():
     """(name, bytes, whether it must become a picture: True, False, or None for either)."""
     scene = draw_scene(1, 48, 32)
-    Image.preinit()
     Image.init()
     in_lab = ImageCms.profileToProfile(scene, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
     ending = {kind: e for e, kind in reversed(Image.registered_extensions().items())}
