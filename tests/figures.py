@@ -25,6 +25,10 @@ def strip(cells, side=220):
     return page
 
 
+def file(name):
+    return str(TOP / "examples" / f"{name}.jpg")
+
+
 def gray(picture):
     return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
 
@@ -33,17 +37,16 @@ def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else TOP / "figures")
     folder.mkdir(parents=True, exist_ok=True)
     model, size = infer.load_model(infer.SHIPPED)
-    pictures = {name: open_picture(TOP / "examples" / f"{name}.jpg") for name in PHOTOS + STYLES}
+    pictures = {name: open_picture(file(name)) for name in PHOTOS + STYLES}
     z = {name: infer.encode(model, pictures[name], size) for name in STYLES}
 
     def save(page, name):
         page.save(folder / name, quality=90)
         print(folder / name)
 
-    infer.main([*(str(TOP / "examples" / f"{n}.jpg") for n in PHOTOS), str(TOP / "examples/style.jpg"), "--styles",
-                *(str(TOP / "examples" / f"{n}.jpg") for n in STYLES[1:]), "--grid", "--output", str(folder / "sheet.jpg")])
-    infer.main([str(TOP / "examples" / f"{STYLES[0]}.jpg"), "--styles", *(str(TOP / "examples" / f"{n}.jpg") for n in STYLES[1:]),
-                "--latents", "--output", str(folder / "latents.png")])
+    styles = [file(STYLES[0]), "--styles", *map(file, STYLES[1:])]
+    infer.main([*map(file, PHOTOS), *styles, "--grid", "--output", str(folder / "sheet.jpg")])
+    infer.main([*styles, "--latents", "--output", str(folder / "latents.png")])
 
     photo = pictures["chelsea"]
     save(strip([("the style", pictures["harvest"])] + [
