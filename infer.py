@@ -143,6 +143,11 @@ def colorize(model, picture, z, size, strength=1., raw=False):
     return result
 
 
+def gray_version(picture):
+    """A PIL RGB picture -> the gray one of the same lightness, as the network sees it but in mode RGB."""
+    return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
+
+
 def sheet(model, photos, styles, size, own, strength=1.):
     """The figure 8 of some photos: a row each, with the gray photo and its colourings.
 
@@ -153,7 +158,7 @@ def sheet(model, photos, styles, size, own, strength=1.):
     cells = {(0, first + i): square(picture, size) for i, (picture, _) in enumerate(styles)}
     for row, photo in enumerate(photos, start=1):
         photo = square(photo, size)
-        cells[row, 0] = to_picture(gray_of(to_tensor(photo)[None] / 255).expand(-1, 3, -1, -1)[0])
+        cells[row, 0] = gray_version(photo)
         codes = [z for _, z in styles]
         if own:
             codes = [encode(model, photo, size) if model.config.style else None] + codes

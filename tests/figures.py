@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import infer  # noqa: E402
-from data import gray_of, open_picture, run, square, to_picture, to_tensor  # noqa: E402
+from data import open_picture, run, square  # noqa: E402
 
 PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
 
@@ -27,10 +27,6 @@ def strip(cells, side=220):
 
 def file(name):
     return str(TOP / "examples" / f"{name}.jpg")
-
-
-def gray(picture):
-    return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
 
 
 def main():
@@ -57,10 +53,10 @@ def main():
         (f"--blend {a},{4 - a}", infer.colorize(model, photo, (a * z["garden"] + (4 - a) * z["harvest"]) / 4, size))
         for a in (4, 3, 2, 1, 0)] + [("style B", pictures["harvest"])], 180), "blend.jpg")
 
-    photo = pictures["rocket"]  # its two lattice towers are a pixel wide
+    photo = pictures["rocket"]  # the wires of its towers are a pixel wide
     result = infer.colorize(model, photo, z["style"], size)
     box = (50, 310, 160, 420)
-    closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST) for p in (gray(photo), result)]
+    closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST) for p in (infer.gray_version(photo), result)]
     page = Image.new("RGB", (640 + 2 * 431, 427), "white")
     for x, picture in zip((0, 644, 644 + 431), (result, *closeups)):
         page.paste(picture, (x, 0))

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
-from data import gray_of, list_pictures, lab_to_gamut, open_picture, rgb_to_lab, run, square, to_picture, to_tensor  # noqa: E402
+from data import list_pictures, lab_to_gamut, open_picture, rgb_to_lab, run, square, to_picture, to_tensor  # noqa: E402
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
 SIZE = 128
@@ -34,7 +34,7 @@ def tensor(picture):
 
 
 def leave_gray(photo, style):
-    return to_picture(gray_of(tensor(photo)).expand(-1, 3, -1, -1)[0])
+    return infer.gray_version(photo)
 
 
 def mean_color(photo, style):

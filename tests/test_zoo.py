@@ -12,7 +12,6 @@ import os
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image, ImageCms
 
 import data
 from data import draw_scene
+from test_data import png_header
 from test_infer import network
 
 TOP = Path(data.__file__).parent
@@ -27,14 +27,6 @@ MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", 
 ON_THE_WAY = {"La": "LA", "RGBa": "RGBA", "PA": "P", "I;16": "L"}  # Pillow converts to these from there only
 UNREADABLE = ["PDF"]  # Pillow writes it, but does not read it
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of formats that Pillow will drop
-
-
-def header(width, height):
-    """A PNG of a size that its bytes do not hold."""
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)) + \
-        chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 
 
 def encoded(picture, kind, **options):
@@ -66,10 +58,10 @@ def animals():
         yield f"first {n} bytes.png", png[:n], False
     yield "text.png", b"GIF is a format.\n" * 50, False
     yield "noise.webp", b"RIFF\xff\xff\xff\x7fWEBPVP8 " + bytes(range(256)), False
-    yield "bomb.png", header(20_000, 20_000), False
+    yield "bomb.png", png_header(20_000, 20_000), False
     yield "bomb.jpg", jpeg[:jpeg.index(b"\xff\xc0") + 5] + struct.pack(">2H", 20_000, 20_000) + \
         jpeg[jpeg.index(b"\xff\xc0") + 9:], False
-    yield "thin bomb.png", header(2 ** 31 - 1, 1), False
+    yield "thin bomb.png", png_header(2 ** 31 - 1, 1), False
     for size in [(1, 1), (1, 5000), (5000, 1), (2, 3), (17, 33)]:
         yield "{}x{}.png".format(*size), encoded(scene.resize(size), "PNG"), True
     frames = [draw_scene(n, 48, 32) for n in range(4)]
