@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,8 @@ def load_checkpoint(path):
     # Checked before anything is built: a width of a million would ask for terabytes.
     sane = {"color": lambda v: v in ("rgb", "lab"), "width": lambda v: isinstance(v, int) and 1 <= v <= 256,
             "latent": lambda v: isinstance(v, int) and 1 <= v <= 4096, "dropout": lambda v: isinstance(v, float) and 0 <= v < 1,
-            "style": lambda v: isinstance(v, bool), "sigmoid": lambda v: isinstance(v, bool)}
+            **{k: lambda v: isinstance(v, bool) for k in ("style", "sigmoid", "relu", "resize")}}
+    config = checkpoint["model"] = asdict(ModelConfig()) | config  # an older file does not know the newest settings
     fits = 16 <= size <= 4096 and config.keys() == sane.keys() and all(sane[k](v) for k, v in config.items())
     if fits:
         with torch.device("meta"):  # shapes without memory

@@ -29,6 +29,8 @@ class ModelConfig:
     dropout: float = 0.2    # after every block, in training only; 0 switches it off
     style: bool = True      # False: no style encoder, no AdaIN, the plain U-Net of table 1
     sigmoid: bool = False   # squash the code into (0, 1), as tried in section 3.2
+    relu: bool = False      # a ReLU before the pooling that makes the code, as in the authors' program
+    resize: bool = False    # up-sample by nearest neighbour and a 3x3 convolution, not by a transposed convolution
 
 
 def reflect_pad(x, multiple):
@@ -55,19 +57,27 @@ def conv_block(channels_in, channels_out, convs):
     return nn.Sequential(*layers)
 
 
+def upsampling(channels, resize):
+    """Doubles the size of a feature map. The 4x4 kernel of a transposed convolution overlaps itself evenly, but its
+    four phases have weights of their own, and so can paint a lattice; an enlarged map has no phases to tell apart."""
+    if resize:
+        return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
+    return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
+
+
 class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then global average pooling: a picture becomes one short code.
 
-    style: (B, C, H, W) of any size -> z: (B, D). No ReLU stands before the pooling, so a code may be
-    negative and a dimension cannot die; no BatchNorm, so a code does not depend on its batch. Its widths are
-    the authors', and did not shrink with the U-Net's.
+    style: (B, C, H, W) of any size -> z: (B, D). No ReLU stands before the pooling unless `relu` asks for it, so
+    a code may be negative and a dimension cannot die; no BatchNorm, so a code does not depend on its batch. Its
+    widths are the authors', and did not shrink with the U-Net's.
     """
 
-    def __init__(self, channels, latent, sigmoid):
+    def __init__(self, channels, latent, sigmoid=False, relu=False):
         super().__init__()
         widths = [channels, 64, 128, 256, 512, latent]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
-        self.sigmoid = sigmoid
+        self.sigmoid, self.relu = sigmoid, relu
         for conv in self.convs:
             # torch's default lets the signal fade by a factor of about 2.4 a layer: all codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -76,7 +86,8 @@ class StyleEncoder(nn.Module):
     def forward(self, x):
         for conv in self.convs[:-1]:
             x = F.relu(conv(x), inplace=True)
-        z = self.convs[-1](x).mean(dim=(2, 3))                                        # (B, D)
+        x = self.convs[-1](x)
+        z = (F.relu(x) if self.relu else x).mean(dim=(2, 3))                          # (B, D)
         return torch.sigmoid(z) if self.sigmoid else z
 
 
@@ -98,12 +109,12 @@ class Colorizer(nn.Module):
         # BatchNorm still keeps the features within reason on their way, such a bias is idle.)
         ups = [8 * w, 4 * w, 2 * w, w]
         narrow = ups[1:] + [w]                                                        # [4w, 2w, w, w]
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in ups)
+        self.up = nn.ModuleList(upsampling(i, c.resize) for i in ups)
         self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in ups)
         self.decoder = nn.ModuleList(conv_block(i, o, 3) for i, o in zip(ups, narrow))
         self.levels = len(widths) + len(ups)                                          # nine AdaIN layers
         if c.style:
-            self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid)
+            self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid, c.relu)
             self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in widths + ups)
         # Made once, here: train() and eval() then switch it. Made inside forward() it would always be active.
         self.dropout = nn.Dropout(c.dropout)
@@ -154,3 +165,21 @@ class Colorizer(nn.Module):
 
     def forward(self, gray, style=None):
         return self.colorize(gray, self.encode_style(style) if self.config.style else None)
+
+
+def start_as_authors(model, part):
+    """Give an untrained network initial weights of the authors' program, to see what they do to the style codes.
+
+    part: "scales": AdaIN's scales start at 1 + (1 + .02 n) z, n normal: nearly the same for all channels of a layer,
+    its shifts at .02 n z; "encoder": the style encoder starts as torch makes it; "both"; "ours": all stays.
+    Returns the model.
+    """
+    if part in ("scales", "both"):
+        for layer in model.adain:
+            scale, shift = layer.affine.weight.data.chunk(2)                          # 2 x (C, D)
+            scale.normal_(1, .02)
+            shift.normal_(0, .02)
+    if part in ("encoder", "both"):
+        for conv in model.style_encoder.convs:
+            conv.reset_parameters()
+    return model

@@ -36,7 +36,7 @@ from data import (Batches, Photos, UserError, find_data, gray_of, network_to_rgb
                   save_atomically, show, to_picture)
 from infer import FORMAT, encode, load_checkpoint, pick_device, sheet
 from losses import LPIPS, color_loss, load_trunk, palette_distances, psnr, ssim
-from model import Colorizer, ModelConfig
+from model import Colorizer, ModelConfig, start_as_authors
 
 
 def opt(default, help, choices=None):
@@ -71,6 +71,10 @@ class Settings:
     dropout: float = opt(.2, "after every block, in training only")
     style: bool = opt(True, "style encoder and AdaIN; without them it is the plain U-Net")
     sigmoid: bool = opt(False, "squash the style code into (0, 1)")
+    relu: bool = opt(False, "a ReLU before the code's pooling, as the authors have it")
+    resize: bool = opt(False, "enlarge by nearest neighbour and a convolution, not by a transposed convolution")
+    start: str = opt("ours", "initial weights: ours, or the authors' of AdaIN's scales, the style encoder, or both",
+                     ["ours", "scales", "encoder", "both"])
     # the loss (see losses.py)
     mse: float = opt(1., "weight of the mean squared error")
     lpips: float = opt(1., "weight of LPIPS, 0: not even loaded")
@@ -140,7 +144,7 @@ def parse(argv):
             (not 0 <= s.dropout < 1, "--dropout must be in [0, 1)"),
             (not (0 <= s.hue_rotation <= 1 and 0 <= s.alpha <= 1), "--hue-rotation and --alpha must be in [0, 1]"),
             (not s.mse + s.lpips + s.palette, "--mse, --lpips and --palette are all 0: there is nothing to learn"),
-            (not s.style and s.style_loss != "none", "--style-loss needs a style encoder")]:
+            (not s.style and (s.style_loss != "none" or s.start != "ours"), "--style-loss and --start need a style encoder")]:
         if wrong:
             parser.error(text)
     return preset, given, resume, dry_run
@@ -340,7 +344,7 @@ def train(preset, given, resume, dry_run):
     if initial and initial["model"] | {"dropout": s.dropout} != asdict(config):
         differ = [f"{k} {v} (here {asdict(config)[k]})" for k, v in initial["model"].items() if v != asdict(config)[k]]
         raise UserError(f"the checkpoint is of preset {initial.get('preset')} and has another {', '.join(differ)}")
-    model = Colorizer(config).to(device)
+    model = start_as_authors(Colorizer(config), s.start).to(device)
     if initial:
         model.load_state_dict(initial["weights"])
     if s.compile:

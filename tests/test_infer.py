@@ -241,6 +241,14 @@ class Trap:
         return Path.touch, (Path("trapped"),)
 
 
+def test_a_checkpoint_older_than_the_newest_settings_is_read(place):
+    checkpoint = torch.load("net.pt", weights_only=True)
+    del checkpoint["model"]["relu"], checkpoint["model"]["resize"]
+    torch.save(checkpoint, "old.pt")
+    old, new = infer.load_model("old.pt")[0], infer.load_model("net.pt")[0]
+    assert old.config == new.config and infer.load_checkpoint("old.pt")["model"] == vars(new.config)
+
+
 def test_code_in_a_checkpoint_is_not_run(place):
     torch.save({"format": 1, "model": Trap()}, "evil.pt")
     with pytest.raises(UserError, match="not a checkpoint"):

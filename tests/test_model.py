@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from adain import AdaIN
-from model import Colorizer, ModelConfig, reflect_pad
+from model import Colorizer, ModelConfig, reflect_pad, start_as_authors, upsampling
 from train import PRESETS, Settings
 
-CONFIGS = {"rgb": {}, "lab": dict(color="lab"), "plain": dict(style=False), "sigmoid": dict(sigmoid=True)}
+CONFIGS = {"rgb": {}, "lab": dict(color="lab"), "plain": dict(style=False), "sigmoid": dict(sigmoid=True),
+           "relu": dict(relu=True), "resize": dict(resize=True)}
 
 
 def build(awake=True, **settings):
@@ -154,14 +155,14 @@ def test_parameter_count_of_each_preset(preset):
     """final: the 3,513,635 of the authors' network and 3 weights for the gray photo, which joins at the head."""
     s = Settings(**PRESETS[preset])
     with torch.device("meta"):  # no memory for networks of 30 million
-        model = Colorizer(ModelConfig(s.color, s.width, s.latent, s.dropout, s.style, s.sigmoid))
+        model = Colorizer(ModelConfig(s.color, s.width, s.latent, s.dropout, s.style, s.sigmoid, s.relu, s.resize))
     counted = sum(p.numel() for p in model.parameters())
     assert counted == count_by_hand(s.width, s.latent, s.style, {"rgb": 3, "lab": 2}[s.color]) == PINNED[preset]
 
 
 def test_the_default_model_is_the_final_one():
     s = Settings()
-    assert ModelConfig() == ModelConfig(s.color, s.width, s.latent, s.dropout, s.style, s.sigmoid)
+    assert ModelConfig() == ModelConfig(s.color, s.width, s.latent, s.dropout, s.style, s.sigmoid, s.relu, s.resize)
     assert count_by_hand(16, 32, True, 3) - 3 == 3_513_635
 
 
@@ -218,6 +219,15 @@ def test_untrained_network_answers_leave_it_gray(config, training):
     gray, style = pictures(model, 2)
     out = model(gray, style)
     assert torch.equal(out, torch.zeros(2, 2, 32, 48) if config == "lab" else gray.expand(-1, 3, -1, -1))
+
+
+def test_resize_convolution_sees_every_feature_four_times():
+    up = upsampling(3, resize=True)
+    x = torch.randn(2, 3, 4, 5)
+    enlarged = torch.from_numpy(x.numpy().repeat(2, 2).repeat(2, 3))
+    with torch.no_grad():
+        np.testing.assert_allclose(up(x), nn.functional.conv2d(enlarged, *up[1].parameters(), padding=1), atol=1e-6)
+    assert up[1].weight.shape == (3, 3, 3, 3)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 3), (16, 17), (16, 32), (31, 9), (33, 50)])
@@ -323,6 +333,38 @@ def test_sigmoid_keeps_codes_in_0_1_and_without_it_they_may_be_negative():
         np.testing.assert_allclose(q, 1 / (1 + np.exp(-z.numpy() / 5)), atol=1e-6)
 
 
+def test_with_relu_a_code_is_the_mean_of_what_is_positive():
+    plain, clipped = build(), build(relu=True)
+    clipped.load_state_dict(plain.state_dict())
+    maps = []
+    clipped.style_encoder.convs[-1].register_forward_hook(lambda m, i, out: maps.append(out.clone().numpy()))
+    style = pictures(plain, 4)[1]
+    with torch.no_grad():
+        z, q = plain.encode_style(style), clipped.encode_style(style)
+    np.testing.assert_allclose(z, maps[0].mean((2, 3)), atol=1e-6)
+    np.testing.assert_allclose(q, np.where(maps[0] > 0, maps[0], 0).mean((2, 3)), atol=1e-6)
+    assert (q >= 0).all() and (z < -.01).any()
+
+
+@pytest.mark.parametrize("part, changed", [("ours", set()), ("scales", {"adain"}), ("encoder", {"style_encoder"}),
+                                           ("both", {"adain", "style_encoder"})])
+def test_the_authors_initial_weights(part, changed):
+    """Their scales N(1, .02) and shifts N(0, .02), and torch's U(-1/sqrt(n), 1/sqrt(n)) for n inputs in the encoder."""
+    model = build(awake=False, width=16, latent=32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    after = start_as_authors(model, part).state_dict()
+    assert {k.split(".")[0] for k, v in after.items() if not torch.equal(v, before[k])} == changed
+    if "adain" in changed:
+        scale, shift = torch.cat([layer.affine.weight.reshape(2, -1) for layer in model.adain], 1).detach()
+        np.testing.assert_allclose([scale.mean(), scale.std(), shift.mean(), shift.std()], [1, .02, 0, .02], atol=1e-3)
+        assert all(torch.equal(after[k], before[k]) for k in after if k.endswith("affine.bias"))  # 1 and 0
+    if "style_encoder" in changed:
+        for conv in model.style_encoder.convs:
+            limit = conv.weight[0].numel() ** -.5
+            assert .95 * limit < conv.weight.abs().max() <= limit and 0 < conv.bias.abs().max() <= limit
+            assert abs(conv.weight.std() - limit / 3 ** .5) < .05 * limit
+
+
 # ---- gradients --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -333,7 +375,7 @@ def test_gradients_reach_every_parameter(config):
     gray, style = pictures(model, 4)
     model(gray, style).square().mean().backward()
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
-    taken_back = {f"up.{i}.bias" for i in range(4)} | {f"encoder.{i}.{3 * convs - 1}.{p}" for i, convs in enumerate(
+    taken_back = {f"up.{i}.{'1.' * model.config.resize}bias" for i in range(4)} | {f"encoder.{i}.{3 * convs - 1}.{p}" for i, convs in enumerate(
         [2, 2, 2, 4, 4]) for p in ("weight", "bias")} if model.config.style else set()
     assert all(math.isfinite(n) for n in norms.values())
     assert {name for name, n in norms.items() if n < 1e-4 * max(norms.values())} == taken_back

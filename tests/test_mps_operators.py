@@ -114,6 +114,12 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alex
     assert recorder.doubles == set()
 
 
+def test_every_operator_of_the_papers_own_variants_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
+    recorder = record_training(random_alexnet, tmp_path, monkeypatch, "--relu", "--resize", "--sigmoid", "--start", "both")
+    assert recorder.names >= {"aten::sigmoid", "aten::upsample_nearest2d", "aten::upsample_nearest2d_backward"}
+    assert missing(recorder.names, table) == [] and recorder.doubles == set()
+
+
 def test_every_operator_of_inference_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
     record_training(random_alexnet, tmp_path, monkeypatch)
     files = [str(tmp_path / f"{i}.png") for i in range(3)]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import infer
 import train
 from data import Photos, UserError, draw_scene, gray_of, rgb_to_lab, rgb_to_network, network_to_rgb, to_tensor
 from model import Colorizer, ModelConfig
@@ -133,6 +134,19 @@ def test_a_non_finite_loss_stops_with_advice_and_leaves_the_checkpoint(tmp_path,
     assert (run / "last.pt").read_bytes() == before
 
 
+def test_the_authors_start_and_layers_are_trained_saved_and_resumed(tmp_path):
+    options = [*TINY, "--relu", "--resize", "--start", "both", "--output", str(tmp_path / "run")]
+    train.main([*options, "--steps", "1", "--lr", "0"])
+    scales = saved(tmp_path / "run")["weights"]["adain.0.affine.weight"][:4]
+    assert abs(scales.mean() - 1) < .02  # of 32 numbers
+    train.main([*options, "--steps", "3", "--lr", "1e-2", "--resume"])  # one for the zero head, one for the rest
+    again = saved(tmp_path / "run")
+    assert again["model"]["relu"] and again["model"]["resize"]
+    assert 0 < (again["weights"]["adain.0.affine.weight"][:4] - scales).abs().max() < .02  # went on, not started anew
+    model, _ = infer.load_model(tmp_path / "run" / "last.pt")
+    assert model.config.relu and model.config.resize
+
+
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_passes_a_dry_run(preset, tmp_path, random_alexnet):
     run = tmp_path / "run"
@@ -224,7 +238,7 @@ def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colours(tm
 
 
 @pytest.mark.parametrize("arguments", ["--size 100", "--batch-size 0", "--lr -1", "--preset nonsense", "--dropout 1",
-                                       "--mse 0 --lpips 0", "--no-style --style-loss dual", "--epochs many",
+                                       "--mse 0 --lpips 0", "--no-style --style-loss dual", "--no-style --start both", "--epochs many",
                                        "--epochs 0", "--lr nan", "--minutes inf", "--width 1000", "--seed 99999999999"])
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
