@@ -243,9 +243,11 @@ def peak_memory(device):
 
 
 def draw_curves(rows, path):
-    """loss.png: training and validation loss over steps, logarithmic, from the rows of log.csv (figure 4)."""
+    """loss.png: the losses over steps, logarithmic, from the rows of log.csv (figures 2, 4 and 6)."""
     series = [(name, colour, [(float(r["step"]), float(r[name])) for r in rows if r.get(name) and float(r[name]) > 0])
-              for name, colour in [("train_loss", "steelblue"), ("val_loss", "darkorange")]]
+              for name, colour in [("train_loss", "steelblue"), ("val_loss", "darkorange"), ("color_loss", "seagreen"),
+                                   ("style_loss", "crimson")]]
+    series = [s for s in series if s[2]]
     points = [p for *_, s in series for p in s]
     if not points:
         return
@@ -266,7 +268,7 @@ def draw_curves(rows, path):
             pen.line([place(*p) for p in s], fill=colour, width=2)
         for x, y in (place(*p) for p in s):
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
-        pen.text((480, 22 + 14 * i), {"train_loss": "training", "val_loss": "validation"}[name], fill=colour)
+        pen.text((480, 22 + 14 * i), name.replace("_", " "), fill=colour)
     save_atomically(path, page.save)
 
 
