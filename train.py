@@ -268,7 +268,7 @@ def draw_curves(rows, path):
             pen.line([place(*p) for p in s], fill=colour, width=2)
         for x, y in (place(*p) for p in s):
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colour)
-        pen.text((480, 22 + 14 * i), name.replace("_", " "), fill=colour)
+        pen.text((60 + 100 * i, 4), name.replace("_", " "), fill=colour)
     save_atomically(path, page.save)
 
 

@@ -31,7 +31,7 @@ from losses import psnr  # noqa: E402
 from figures import strip  # noqa: E402 (beside this file)
 from train import draw_curves  # noqa: E402
 
-CODES = ["collapsed", "authors-64", "combined-authors", "dual", "final", "lab"]
+CODES = ["collapsed", "combined-authors", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
 CURVES = ["unet", "combined-authors", "final"]
 
@@ -101,10 +101,11 @@ def draw(runs, folder):
             with open(run_folder / "log.csv") as file:
                 draw_curves(list(csv.DictReader(file)), folder / f"curves-{name}.png")
     page.save(folder / "experiments.png")
-    for name, pictures in (("codes", codes), ("grid", [strip([cell], 256) for cell in closeups])):
-        page = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), "white")
+    for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
+        w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
+        page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")
         for i, picture in enumerate(pictures):
-            page.paste(picture, (picture.width * i, 0))
+            page.paste(picture, (i % columns * w, i // columns * h))
         page.save(folder / f"{name}.png")
 
 

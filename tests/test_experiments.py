@@ -36,4 +36,4 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "runs"), "-", "-", "--figures", str(tmp_path / "f")])
     experiments.main()
     assert {p.name for p in (tmp_path / "f").iterdir()} == {"experiments.png", "codes.png", "grid.png", "curves-final.png"}
-    assert Image.open(tmp_path / "f" / "codes.png").size == (420, 440)
+    assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
