@@ -9,10 +9,10 @@ says what they are). Measured here with its last.pt, at the size it was trained 
     alive    dimensions in which that deviation is above .01
     psnr L   of the first 100 of PHOTOS in their own colours, joined with the photo's L as infer.py does, in dB
     grid     what all outputs have in common at the same place of 4x4 pixels, in steps of 1/255: the difference of
-             output and photo, averaged over pictures and 4x4 blocks (the outer 16 pixels aside); its deviation.
+             output and photo, averaged over pictures and 4x4 blocks (the outer quarters aside); its deviation.
              About .1 is chance.
 
-With --figures, and of the pictures in examples/ alone: experiments.png, every run's own small output with the photo's
+With --figures, and of the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
 colours and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves.
 """
 import argparse
@@ -31,14 +31,15 @@ from losses import psnr  # noqa: E402
 from figures import strip  # noqa: E402 (beside this file)
 from train import draw_curves  # noqa: E402
 
-CODES = ["collapsed", "combined-authors", "final", "lab"]
+CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
 CURVES = ["unet", "combined-authors", "final"]
 
 
 def grid(out, truth):
-    """(N, 3, S, S) twice, S a multiple of 4 -> the amplitude of the lattice that is the same in all of them."""
-    error = (out - truth)[:, :, 16:-16, 16:-16]
+    """(N, 3, S, S) twice, S a multiple of 16 -> the amplitude of the lattice that is the same in all of them."""
+    edge = out.shape[2] // 4
+    error = (out - truth)[:, :, edge:-edge, edge:-edge]
     N, C, S, _ = error.shape
     blocks = error.reshape(N, C, S // 4, 4, S // 4, 4).mean((0, 2, 4))                # (3, 4, 4)
     return 255 * blocks.flatten(1).std(1, correction=0).mean().item()
@@ -100,7 +101,7 @@ def draw(runs, folder):
         if name in CURVES:
             with open(run_folder / "log.csv") as file:
                 draw_curves(list(csv.DictReader(file)), folder / f"curves-{name}.png")
-    page.save(folder / "experiments.png")
+    page.save(folder / "experiments.jpg", quality=90)
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
         w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
         page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")

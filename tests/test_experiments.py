@@ -35,5 +35,5 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     assert cells[3] == f"{float(log['train_loss']):.4f}" and cells[9].endswith("/ 8")
     monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "runs"), "-", "-", "--figures", str(tmp_path / "f")])
     experiments.main()
-    assert {p.name for p in (tmp_path / "f").iterdir()} == {"experiments.png", "codes.png", "grid.png", "curves-final.png"}
+    assert {p.name for p in (tmp_path / "f").iterdir()} == {"experiments.jpg", "codes.png", "grid.png", "curves-final.png"}
     assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
