@@ -13,6 +13,7 @@ def test_grid_is_the_amplitude_of_a_lattice_that_all_pictures_share():
     truth = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     sign = torch.from_numpy((-1.) ** np.add.outer(np.arange(64), np.arange(64))).float()  # +1 -1 as on a chessboard
     assert abs(experiments.grid(truth + 3 / 255 * sign, truth) - 3) < 1e-3
+    assert abs(experiments.grid((truth + 3 / 255 * sign)[..., :32, :32], truth[..., :32, :32]) - 3) < 1e-3
     dots = torch.zeros(64, 64)
     dots[::4, ::4] = 1                                                                 # one pixel of sixteen
     assert abs(experiments.grid(truth + 3 / 255 * dots, truth) - 3 * 15 ** .5 / 16) < 1e-3
