@@ -10,7 +10,7 @@ says what they are). Measured here with its last.pt, at the size it was trained 
     psnr L   of the first 100 of PHOTOS in their own colours, joined with the photo's L as infer.py does, in dB
     grid     what all outputs have in common at the same place of 4x4 pixels, in steps of 1/255: the difference of
              output and photo, averaged over pictures and 4x4 blocks (the outer quarters aside); its deviation.
-             About .1 is chance.
+             About .1 is chance at 64x64.
 
 With --figures, and of the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
 colours and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves.
