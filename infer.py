@@ -8,7 +8,7 @@
 The network only ever sees the photo at about its training size. Its answer, the a and b planes, is enlarged
 to the size of the photo and joined with the photo's own L: as sharp as the input, whatever its size.
 
-    style --fit, encode--> z (1, D) --.
+    style --fit, encode--> z (1, D) --refine--.
     photo --fit, gray_of--> (1, 1, h, w) --colorize--> a, b (h, w) --enlarge, join L--> picture (H, W)
 """
 import argparse
@@ -23,13 +23,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, list_pictures, mean_chroma,
+from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, lightness, list_pictures, mean_chroma,
                   network_to_lab, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show, square,
                   to_picture, to_tensor)
+from losses import directions, sliced_wasserstein
 from model import Colorizer, ModelConfig
 
 FORMAT = 1  # of checkpoints; a program that reads more than before counts on
 SHIPPED = Path(__file__).parent / "weights" / "colorizer.pt"
+REFINE_STEPS = 10  # more reach more of the palette, and begin to paint washes into the sky
 STRIP_PIXELS = 1 << 18  # pixels that are joined at a time; sets the memory beyond the decoded pictures
 
 
@@ -82,11 +84,11 @@ def load_checkpoint(path):
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint file -> (the network in evaluation mode, the size it was trained at)."""
+    """A checkpoint file -> (the network in evaluation mode, its weights frozen; the size it was trained at)."""
     checkpoint = load_checkpoint(path)
     model = Colorizer(ModelConfig(**checkpoint["model"]))
     model.load_state_dict(checkpoint["weights"])  # the shipped file is in half precision; this makes it fp32
-    return model.to(device).eval(), int(checkpoint["settings"]["size"])
+    return model.to(device).eval().requires_grad_(False), int(checkpoint["settings"]["size"])
 
 
 # ---- pictures in, pictures out ----------------------------------------------------------------------------
@@ -110,9 +112,34 @@ def encode(model, picture, size):
     return model.encode_style(rgb_to_network(fit(picture, size).to(device), model.config.color))
 
 
+def refine(model, photo, style, z, size, steps=REFINE_STEPS):
+    """Fit the code of a style to one photo by a few steps of Adam on the code alone: (1, D) -> (1, 9, D).
+
+    photo, style: PIL pictures. The encoder has never seen the photo, and the same code gives one photo all of the
+    style's colours and another half of them. So we look at the result: its palette is compared with the style's, by
+    the distance that the network was trained with, and the code, one for each AdaIN layer now, moves against the
+    slope. The weights stay as they are. (StyleGAN's users fit codes to pictures in the same way.)
+    """
+    gray = gray_of(fit(photo, size).to(z.device))                                     # (1, 1, h, w)
+    wanted = rgb_to_lab(fit(style, size).to(z.device))[:, 1:]
+    wanted = F.interpolate(wanted, gray.shape[2:])                                    # as many pixels as the photo has
+    z = z[:, None].repeat(1, model.levels, 1)                                         # (1, 9, D)
+    unit = z.abs().mean()  # of a step: codes of one network are a hundred times as large as another's
+    change = torch.zeros_like(z, requires_grad=True)
+    adam = torch.optim.Adam([change], lr=.03)
+    for step in range(steps):
+        lab = network_to_lab(model.colorize(gray, z + unit * change), gray, model.config.color)
+        shown = rgb_to_lab(lab_to_gamut(torch.cat([lightness(gray), lab[:, 1:]], dim=1)))
+        # Other directions in each step: their spacing times the golden section, so that no two steps agree.
+        distance = sliced_wasserstein(shown[:, 1:], wanted, directions(8, z.device, step * .618 % 1)).mean()
+        change.grad, = torch.autograd.grad(distance, change)
+        adam.step()
+    return (z + unit * change).detach()
+
+
 @torch.no_grad()
 def colorize(model, picture, z, size, strength=1., raw=False):
-    """Colour a PIL photo of any size with the code z (1, D); returns a PIL picture.
+    """Colour a PIL photo of any size with the code z (1, D), or a code a layer (1, 9, D); returns a PIL picture.
 
     Of a colour photo only the L is used. strength scales the chroma: 0 gray, 1 as the network says.
     raw: the network's own small picture instead of the photo's L with enlarged colours.
@@ -150,23 +177,18 @@ def gray_version(picture):
     return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
 
 
-def sheet(model, photos, styles, size, own, strength=1.):
+def sheet(model, photos, styles, codes, size, strength=1.):
     """The figure 8 of some photos: a row each, with the gray photo and its colourings.
 
-    photos: PIL pictures; styles: (PIL picture, z) pairs, shown in the first row; own: a second column with
-    each photo coloured in its own colours. Cells are centre squares. Returns a PIL picture.
+    photos: PIL pictures; styles: PIL pictures for the first row, or None for an empty cell; codes: a function that
+    gives for a photo's centre square the codes of its colourings, one a style. Returns a PIL picture.
     """
-    first = 2 if own else 1
-    cells = {(0, first + i): square(picture, size) for i, (picture, _) in enumerate(styles)}
+    cells = {(0, column): square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
         photo = square(photo, size)
         cells[row, 0] = gray_version(photo)
-        codes = [z for _, z in styles]
-        if own:
-            codes = [encode(model, photo, size) if model.config.style else None] + codes
-        cells.update({(row, 1 + i): colorize(model, photo, z, size, strength) for i, z in enumerate(codes)})
-    rows, columns = (max(c[i] for c in cells) + 1 for i in (0, 1))
-    page = Image.new("RGB", (columns * (size + 4) + 4, rows * (size + 4) + 4), "white")
+        cells.update({(row, column): colorize(model, photo, z, size, strength) for column, z in enumerate(codes(photo), start=1)})
+    page = Image.new("RGB", ((len(styles) + 1) * (size + 4) + 4, (len(photos) + 1) * (size + 4) + 4), "white")
     for (row, column), cell in cells.items():
         page.paste(cell, (4 + column * (size + 4), 4 + row * (size + 4)))
     return page
@@ -216,6 +238,8 @@ def parse(argv):
                         help="one sheet as in figure 8: a row a photo, gray, in its own colours if it has any, a column a style")
     parser.add_argument("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
     parser.add_argument("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
+    parser.add_argument("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
+                        help="fit the code to each photo; 0: take it as it is, many times faster (default: %(default)s)")
     parser.add_argument("--latents", action="store_true",
                         help="all pictures are styles: print their codes' statistics and draw histograms")
     args = parser.parse_args(argv)
@@ -227,6 +251,8 @@ def parse(argv):
         parser.error("--size must be between 16 and 4096")
     if not 0 <= args.strength <= 10:
         parser.error("--strength must be between 0 and 10")
+    if not 0 <= args.refine <= 1000:
+        parser.error("--refine must be between 0 and 1000")
     if args.blend:
         try:
             args.blend = [float(w) for w in args.blend.split(",")]
@@ -289,9 +315,13 @@ def main(argv=None):
                 print(f"infer.py: {error}", file=sys.stderr)
                 failed += 1
 
+    def code(photo, style, z):
+        """The code z of a style, fitted to the photo unless --refine 0."""
+        return refine(model, photo, style, z, size, args.refine) if args.refine else z
+
     styles = []  # (name, small picture, code): a style file is read and encoded once, for all photos
     for path, picture in readable(style_paths):
-        styles.append((path.stem, square(picture, size), encode(model, picture, size)))
+        styles.append((path.stem, to_picture(fit(picture, size)[0]), encode(model, picture, size)))
         if mean_chroma(picture) < 1 and not args.latents:
             print(f"infer.py: {show(path)} is gray, and so will be the result; the style comes last", file=sys.stderr)
     if not styles or (args.blend and failed):
@@ -306,17 +336,25 @@ def main(argv=None):
             print(f"spread over styles: {spread.mean():.4f}, {(spread > .01).sum()} of {len(spread)} dimensions alive")
         save(histograms(codes, [name for name, *_ in styles]), "latents")
         return min(failed, 1)
+    names, thumbnails = [name for name, *_ in styles], [picture for _, picture, _ in styles]
     if args.blend:
-        z = sum(w * z for w, (*_, z) in zip(args.blend, styles)) / sum(args.blend)
-        styles = [("blend", Image.new("RGB", (size, size), "white"), z)]
+        names, thumbnails = ["blend"], [None]
+
+    def codes(photo):
+        """The codes that this photo is coloured with: one a style, or their mean."""
+        fitted = [code(photo, picture, z) for _, picture, z in styles]
+        return [sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)] if args.blend else fitted
+
     if args.grid:
         pictures = [square(picture, size) for _, picture in readable(photos)]
+        def with_own(photo):
+            return [code(photo, photo, encode(model, photo, size))] + codes(photo)
         own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
         if pictures:
-            save(sheet(model, pictures, [s[1:] for s in styles], size, own, args.strength), "grid")
+            save(sheet(model, pictures, [None] * own + thumbnails, with_own if own else codes, size, args.strength), "grid")
         return min(failed, 1)
     for path, picture in readable(photos):
-        for name, _, z in styles:
+        for name, z in zip(names, codes(picture)):
             save(colorize(model, picture, z, size, args.strength, args.raw), f"{path.stem}_{name}")
     return min(failed, 1)
 

@@ -385,8 +385,10 @@ def train(preset, given, resume, dry_run):
         """The strip of figure 8: some validation photos in their own colours and in those of others."""
         model.eval()
         pictures = [val_photos.load(i) for i in range(min(8, len(val_photos)))]
-        styles = [(p, encode(model, p, s.size)) for p in pictures[4:]] if s.style else []
-        page = sheet(model, pictures[:4], styles, s.size, own=True)
+        styles = pictures[4:] if s.style else []
+        others = [encode(model, p, s.size) for p in styles]
+        page = sheet(model, pictures[:4], [None, *styles],
+                     lambda photo: [encode(model, photo, s.size) if s.style else None, *others], s.size)
         model.train()
         save_atomically(folder / "samples" / f"{step:07d}.png", page.save)
 

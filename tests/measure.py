@@ -1,6 +1,6 @@
 """Measure a checkpoint against simple rivals; not a test, pytest does not collect it.
 
-    python tests/measure.py PHOTOS PAINTINGS [--weights FILE ...] [--lpips-weights FILE] [--pairs 4]
+    python tests/measure.py PHOTOS PAINTINGS [--weights FILE ...] [--refine 0 10] [--lpips-weights FILE] [--pairs 4]
 
 Every photo (centre square, 128x128) is coloured with its own colours and with a few of the paintings, taken in
 turn so that all of them serve. All rows get the photo's true L, as infer.py gives it, and go through this one code.
@@ -45,9 +45,13 @@ def mean_color(photo, style):
     return to_picture(lab_to_gamut(lab)[0])
 
 
-def network(path):
+def network(path, steps):
     model, _ = infer.load_model(path)
-    return lambda photo, style: infer.colorize(model, photo, infer.encode(model, style, SIZE), SIZE)
+
+    def colour(photo, style):
+        z = infer.encode(model, style, SIZE)
+        return infer.colorize(model, photo, infer.refine(model, photo, style, z, SIZE, steps) if steps else z, SIZE)
+    return colour
 
 
 def hue_histogram(lab):
@@ -94,6 +98,7 @@ def main():
     parser.add_argument("paintings")
     parser.add_argument("--weights", nargs="*", default=[infer.SHIPPED])
     parser.add_argument("--lpips-weights", default="")
+    parser.add_argument("--refine", type=int, nargs="*", default=[0, infer.REFINE_STEPS], help="as in infer.py, a row each")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
     args = parser.parse_args()
     photos = [square(open_picture(p), SIZE) for p in list_pictures(args.photos)]
@@ -107,7 +112,8 @@ def main():
     measure("left gray", leave_gray, photos, pairs, lpips)
     measure("mean colour", mean_color, photos, pairs, lpips)
     for path in args.weights:
-        measure(Path(path).name, network(path), photos, pairs, lpips)
+        for steps in args.refine:
+            measure(f"{Path(path).name} --refine {steps}", network(path, steps), photos, pairs, lpips)
 
 
 if __name__ == "__main__":
