@@ -181,13 +181,14 @@ def sheet(model, photos, styles, codes, size, strength=1.):
     """The figure 8 of some photos: a row each, with the gray photo and its colourings.
 
     photos: PIL pictures; styles: PIL pictures for the first row, or None for an empty cell; codes: a function that
-    gives for a photo's centre square the codes of its colourings, one a style. Returns a PIL picture.
+    gives for a photo's centre square the codes of its colourings, one a style, in their order. Returns a PIL picture.
     """
     cells = {(0, column): square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
         photo = square(photo, size)
         cells[row, 0] = gray_version(photo)
-        cells.update({(row, column): colorize(model, photo, z, size, strength) for column, z in enumerate(codes(photo), start=1)})
+        for column, z in enumerate(codes(photo), start=1):
+            cells[row, column] = colorize(model, photo, z, size, strength)
     page = Image.new("RGB", ((len(styles) + 1) * (size + 4) + 4, (len(photos) + 1) * (size + 4) + 4), "white")
     for (row, column), cell in cells.items():
         page.paste(cell, (4 + column * (size + 4), 4 + row * (size + 4)))
@@ -340,18 +341,22 @@ def main(argv=None):
     if args.blend:
         names, thumbnails = ["blend"], [None]
 
-    def codes(photo):
-        """The codes that this photo is coloured with: one a style, or their mean."""
-        fitted = [code(photo, picture, z) for _, picture, z in styles]
-        return [sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)] if args.blend else fitted
+    def codes(photo, own=False):
+        """The codes that this photo is coloured with, one after the other: its own, then one a style, or their mean."""
+        if own:
+            yield code(photo, photo, encode(model, photo, size))
+        fitted = (code(photo, picture, z) for _, picture, z in styles)
+        if args.blend:
+            yield sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)
+        else:
+            yield from fitted
 
     if args.grid:
         pictures = [square(picture, size) for _, picture in readable(photos)]
-        def with_own(photo):
-            return [code(photo, photo, encode(model, photo, size))] + codes(photo)
         own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
         if pictures:
-            save(sheet(model, pictures, [None] * own + thumbnails, with_own if own else codes, size, args.strength), "grid")
+            page = sheet(model, pictures, [None] * own + thumbnails, lambda photo: codes(photo, own), size, args.strength)
+            save(page, "grid")
         return min(failed, 1)
     for path, picture in readable(photos):
         for name, z in zip(names, codes(picture)):

@@ -198,8 +198,8 @@ def bench_infer(args):
     print(f"import torch: {torch_mb:.0f} MB, {torch_s:.1f} s; infer.py --help: {help_s - torch_s:.1f} s more\n")
     print("| photo | seconds | peak MB | over import torch | bytes a pixel beyond the decoded photo |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        def infer(*photos):
-            return peak(TOP / "infer.py", *photos, TOP / "examples" / "style.jpg", "--output", folder + "/out/")
+        def infer(photos, *more):
+            return peak(TOP / "infer.py", photos, TOP / "examples" / "style.jpg", "--output", folder + "/out/", *more)
         small = None
         for width, height in [(640, 480), (4000, 3000), (8000, 6000)]:
             path = f"{folder}/{width}.jpg"
@@ -212,8 +212,9 @@ def bench_infer(args):
         os.mkdir(f"{folder}/many")
         for n in range(100):
             draw_scene(n).resize((640, 480)).save(f"{folder}/many/{n}.jpg")
-        mb, s = infer(f"{folder}/many")
-        print(f"| folder of 100 x 0.3 MP | {s:.1f} | {mb:.0f} | {mb - torch_mb:.0f} | |")
+        for more in ([], ["--refine", "0"]):
+            mb, s = infer(f"{folder}/many", *more)
+            print(f"| folder of 100 x 0.3 MP {' '.join(more)} | {s:.1f} | {mb:.0f} | {mb - torch_mb:.0f} | |")
 
 
 def main():

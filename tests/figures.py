@@ -34,7 +34,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     model, size = infer.load_model(infer.SHIPPED)
     pictures = {name: open_picture(file(name)) for name in PHOTOS + STYLES}
-    z = {name: infer.encode(model, pictures[name], size) for name in STYLES}
+
+    def code(photo, name):
+        return infer.refine(model, photo, pictures[name], infer.encode(model, pictures[name], size), size)
 
     def save(page, name):
         page.save(folder / name, quality=90)
@@ -45,16 +47,22 @@ def main():
     infer.main([*styles, "--latents", "--output", str(folder / "latents.png")])
 
     photo = pictures["chelsea"]
+    z = code(photo, "harvest")
     save(strip([("the style", pictures["harvest"])] + [
-        (f"--strength {s:g}", infer.colorize(model, photo, z["harvest"], size, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
+        (f"--strength {s:g}", infer.colorize(model, photo, z, size, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
+    plain = infer.encode(model, pictures["harvest"], size)
+    save(strip([("the style", pictures["harvest"])] + [
+        (f"--refine {n}", infer.colorize(model, photo, infer.refine(model, photo, pictures["harvest"], plain, size, n), size))
+        for n in (0, 10, 50)]), "refine.jpg")
 
     photo = pictures["gray"]
+    A, B = code(photo, "garden"), code(photo, "harvest")
     save(strip([("style A", pictures["garden"])] + [
-        (f"--blend {a},{4 - a}", infer.colorize(model, photo, (a * z["garden"] + (4 - a) * z["harvest"]) / 4, size))
+        (f"--blend {a},{4 - a}", infer.colorize(model, photo, (a * A + (4 - a) * B) / 4, size))
         for a in (4, 3, 2, 1, 0)] + [("style B", pictures["harvest"])], 180), "blend.jpg")
 
     photo = pictures["rocket"]  # the wires of its towers are a pixel wide
-    result = infer.colorize(model, photo, z["style"], size)
+    result = infer.colorize(model, photo, code(photo, "style"), size)
     box = (50, 310, 160, 420)
     closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST) for p in (infer.gray_version(photo), result)]
     page = Image.new("RGB", (640 + 2 * 431, 427), "white")
