@@ -494,8 +494,6 @@ def train(preset, given, resume, dry_run):
             first, window = step, time.monotonic()
         if stopping:
             print(f"stopped at step {step}; --output {show(folder)} --resume goes on from here")
-            if world > 1:
-                dist.barrier()  # torchrun ends all processes when the first of them leaves
             return 130
     print(f"done: {show(folder)}/best.pt, as in  python infer.py PHOTO STYLE --weights {show(folder)}/best.pt")
 
@@ -508,6 +506,9 @@ def main(argv=None):
         raise UserError("the GPU's memory is full: halve --batch-size and double --accumulate, add --amp, or take "
                         "--lpips-net alex") from None
     if dist.is_initialized():
+        # All leave together: torchrun ends the others when one leaves with 130, and a process that leaves right after
+        # its last average may crash, as gloo's threads still hold tensors of it.
+        dist.barrier()
         dist.destroy_process_group()
     return code
 
