@@ -240,7 +240,7 @@ def parse(argv):
     parser.add_argument("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
     parser.add_argument("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
     parser.add_argument("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
-                        help="fit the code to each photo; 0: take it as it is, many times faster (default: %(default)s)")
+                        help="fit the code to each photo; 0: take it as it is, several times faster (default: %(default)s)")
     parser.add_argument("--latents", action="store_true",
                         help="all pictures are styles: print their codes' statistics and draw histograms")
     args = parser.parse_args(argv)
