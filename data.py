@@ -1,4 +1,4 @@
-"""From files to tensors: pictures, RGB <-> LAB, crops, augmentation, the default data set.
+"""From files to tensors: pictures, RGB <-> LAB, distance of palettes, crops, augmentation, the default data set.
 
     a folder --list_pictures, usable--> paths --Photos--> uint8 crops --DataLoader--> train.py
     a file   --open_picture--> an 8-bit RGB picture whatever its format was
@@ -150,6 +150,23 @@ def rotate_hue(rgb, angle):
     L, a, b = rgb_to_lab(rgb).unbind(1)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]                 # (B, 1, 1)
     return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
+
+
+def directions(n, device=None, turn=0.):
+    """n evenly spaced directions of the (a, b) plane, turned by `turn` of their spacing: (2, n)."""
+    angle = (torch.arange(n, device=device) + turn) * (math.pi / n)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def sliced_wasserstein(ab, other, along):
+    """Sliced Wasserstein-1 distance of two clouds of (a, b) values: (B, 2, H, W) twice, (2, n) -> (B,).
+
+    In one dimension, moving one heap onto another costs least when both are sorted; a cloud is moved along
+    many directions and the mean taken. Where the colours stand in the picture does not matter.
+    """
+    def project(x):
+        return torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values  # (B, n, HW)
+    return (project(ab) - project(other)).abs().mean((1, 2))                          # (B,)
 
 
 # ---- files -> pictures ------------------------------------------------------------------------------------

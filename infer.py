@@ -23,10 +23,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-from data import (EXTENSIONS, MIN_CHROMA, UserError, gray_of, lab_to_gamut, lightness, list_pictures, mean_chroma,
-                  network_to_lab, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show, square,
-                  to_picture, to_tensor)
-from losses import directions, sliced_wasserstein
+from data import (EXTENSIONS, MIN_CHROMA, UserError, directions, gray_of, lab_to_gamut, lightness, list_pictures,
+                  mean_chroma, network_to_lab, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show,
+                  sliced_wasserstein, square, to_picture, to_tensor)
 from model import Colorizer, ModelConfig
 
 FORMAT = 1  # of checkpoints; a program that reads more than before counts on

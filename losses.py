@@ -8,7 +8,6 @@ and the distance is taken between what it sees. Pictures are RGB in [0, 1] every
     python -c "import torch, losses; print(losses.LPIPS('alex')(*torch.rand(2, 1, 3, 64, 64)))"
 """
 import http.client
-import math
 import os
 from pathlib import Path
 
@@ -16,7 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import UserError, network_to_rgb, reason, rgb_to_lab, rgb_to_network, show
+from data import (UserError, directions, network_to_rgb, reason, rgb_to_lab, rgb_to_network, show,
+                  sliced_wasserstein)
 
 # ---- LPIPS ------------------------------------------------------------------------------------------------
 # (channels, kernel, stride, padding) of each convolution; "pool" with (kernel, stride). Layers keep the
@@ -126,25 +126,6 @@ class LPIPS(nn.Module):
             for i, (a, b) in enumerate(zip(self.features(x.float()), wanted)):
                 distance = distance + F.conv2d((a - b).square(), self.get_buffer(f"linear{i}")).mean((1, 2, 3))
         return distance                                                               # (B,)
-
-
-# ---- palettes ---------------------------------------------------------------------------------------------
-
-def directions(n, device=None, turn=0.):
-    """n evenly spaced directions of the (a, b) plane, turned by `turn` of their spacing: (2, n)."""
-    angle = (torch.arange(n, device=device) + turn) * (math.pi / n)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def sliced_wasserstein(ab, other, along):
-    """Sliced Wasserstein-1 distance of two clouds of (a, b) values: (B, 2, H, W) twice, (2, n) -> (B,).
-
-    In one dimension, moving one heap onto another costs least when both are sorted; a cloud is moved along
-    many directions and the mean taken. Where the colours stand in the picture does not matter.
-    """
-    def project(x):
-        return torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values  # (B, n, HW)
-    return (project(ab) - project(other)).abs().mean((1, 2))                          # (B,)
 
 
 # ---- the training loss ------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from PIL import Image
 from torch import nn
 
 import losses
-from data import UserError
-from losses import (LPIPS, color_loss, colourfulness, directions, load_trunk, make_trunk, palette_distances, psnr,
-                    sliced_wasserstein, ssim)
+from data import UserError, directions, sliced_wasserstein
+from losses import LPIPS, color_loss, colourfulness, load_trunk, make_trunk, palette_distances, psnr, ssim
 
 RANDOM = np.random.RandomState()
 
