@@ -117,8 +117,10 @@ def refine(model, photo, style, z, size, steps=REFINE_STEPS):
     photo, style: PIL pictures. The encoder has never seen the photo, and the same code gives one photo all of the
     style's colours and another half of them. So we look at the result: its palette is compared with the style's, by
     the distance that the network was trained with, and the code, one for each AdaIN layer now, moves against the
-    slope. The weights stay as they are. (StyleGAN's users fit codes to pictures in the same way.)
+    slope. The weights stay as they are. (StyleGAN's users fit codes to pictures in the same way.) 0 steps return z.
     """
+    if not steps:
+        return z
     gray = gray_of(fit(photo, size).to(z.device))                                     # (1, 1, h, w)
     wanted = rgb_to_lab(fit(style, size).to(z.device))[:, 1:]
     wanted = F.interpolate(wanted, gray.shape[2:])                                    # as many pixels as the photo has
@@ -315,10 +317,6 @@ def main(argv=None):
                 print(f"infer.py: {error}", file=sys.stderr)
                 failed += 1
 
-    def code(photo, style, z):
-        """The code z of a style, fitted to the photo unless --refine 0."""
-        return refine(model, photo, style, z, size, args.refine) if args.refine else z
-
     styles = []  # (name, small picture, code): a style file is read and encoded once, for all photos
     for path, picture in readable(style_paths):
         styles.append((path.stem, to_picture(fit(picture, size)[0]), encode(model, picture, size)))
@@ -342,9 +340,10 @@ def main(argv=None):
 
     def codes(photo, own=False):
         """The codes that this photo is coloured with, one after the other: its own, then one a style, or their mean."""
+        photo = to_picture(fit(photo, size)[0])  # once, for all styles; to fit it again changes nothing
         if own:
-            yield code(photo, photo, encode(model, photo, size))
-        fitted = (code(photo, picture, z) for _, picture, z in styles)
+            yield refine(model, photo, photo, encode(model, photo, size), size, args.refine)
+        fitted = (refine(model, photo, picture, z, size, args.refine) for _, picture, z in styles)
         if args.blend:
             yield sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)
         else:

@@ -35,8 +35,8 @@ def main():
     model, size = infer.load_model(infer.SHIPPED)
     pictures = {name: open_picture(file(name)) for name in PHOTOS + STYLES}
 
-    def code(photo, name):
-        return infer.refine(model, photo, pictures[name], infer.encode(model, pictures[name], size), size)
+    def code(photo, name, steps=infer.REFINE_STEPS):
+        return infer.refine(model, photo, pictures[name], infer.encode(model, pictures[name], size), size, steps)
 
     def save(page, name):
         page.save(folder / name, quality=90)
@@ -50,10 +50,8 @@ def main():
     z = code(photo, "harvest")
     save(strip([("the style", pictures["harvest"])] + [
         (f"--strength {s:g}", infer.colorize(model, photo, z, size, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
-    plain = infer.encode(model, pictures["harvest"], size)
     save(strip([("the style", pictures["harvest"])] + [
-        (f"--refine {n}", infer.colorize(model, photo, infer.refine(model, photo, pictures["harvest"], plain, size, n), size))
-        for n in (0, 10, 50)]), "refine.jpg")
+        (f"--refine {n}", infer.colorize(model, photo, code(photo, "harvest", n), size)) for n in (0, 10, 50)]), "refine.jpg")
 
     photo = pictures["gray"]
     A, B = code(photo, "garden"), code(photo, "harvest")

@@ -50,7 +50,7 @@ def network(path, steps):
 
     def colour(photo, style):
         z = infer.encode(model, style, SIZE)
-        return infer.colorize(model, photo, infer.refine(model, photo, style, z, SIZE, steps) if steps else z, SIZE)
+        return infer.colorize(model, photo, infer.refine(model, photo, style, z, SIZE, steps), SIZE)
     return colour
 
 
