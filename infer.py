@@ -1,37 +1,46 @@
-"""Colour gray photos with the palettes of style pictures, using a checkpoint that train.py made.
+"""Color gray photos with the palettes of style pictures, using a checkpoint that train.py made.
 
     python infer.py gray.jpg style.jpg                       writes gray_style.png
-    python infer.py photos/ paintings/ --output results      every photo with every painting
+    python infer.py photos/ paintings/ --output results/     every photo with every painting
     python infer.py gray.jpg a.jpg --styles b.jpg --blend 2,1
     python infer.py photos/ paintings/ --grid --output sheet.png
 
 The network only ever sees the photo at about its training size. Its answer, the a and b planes, is enlarged
 to the size of the photo and joined with the photo's own L: as sharp as the input, whatever its size.
 
-    style --fit, encode--> z (1, D) --refine--.
-    photo --fit, gray_of--> (1, 1, h, w) --colorize--> a, b (h, w) --enlarge, join L--> picture (H, W)
+    style --resize_short_side--> (1, 3, h', w') --encode--> z (1, D) --refine--.
+    photo --resize_short_side, gray_of--> (1, 1, h, w) ----------predict-------+--> a, b (h, w) --join L--> (H, W)
 """
-import argparse
+import itertools
+import math
 import os
 import sys
-import zipfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
+try:
+    from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut, lightness,
+                      list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
+                      resize_short_side, rgb_to_lab, rgb_to_network, run, save_atomically, sliced_wasserstein,
+                      to_picture, to_tensor)
+except ModuleNotFoundError as missing:  # torch, numpy or PIL: data.py is the first to import them
+    sys.exit(f"{missing.name} is not installed: pip install -r requirements.txt")
+except KeyboardInterrupt:  # Ctrl-C in the second that torch takes to load
+    sys.exit(130)
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-from data import (EXTENSIONS, MIN_CHROMA, UserError, directions, gray_of, lab_to_gamut, lightness, list_pictures,
-                  mean_chroma, network_to_lab, open_picture, rgb_to_lab, rgb_to_network, run, save_atomically, show,
-                  sliced_wasserstein, square, to_picture, to_tensor)
 from model import Colorizer, ModelConfig
 
-FORMAT = 1  # of checkpoints; a program that reads more than before counts on
-SHIPPED = Path(__file__).parent / "weights" / "colorizer.pt"
-REFINE_STEPS = 10  # more reach more of the palette, and begin to paint washes into the sky
-STRIP_PIXELS = 1 << 18  # pixels that are joined at a time; sets the memory beyond the decoded pictures
+FORMAT = 2  # version of the checkpoint file; raise it when its contents change
+WEIGHTS = Path(__file__).parent / "weights"
+SHIPPED = WEIGHTS / "colorizer.pt"
+REFINE_STEPS = 10       # more steps take more of the palette, and begin to paint washes into the sky
+TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
+MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # of the formats
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -49,129 +58,139 @@ def pick_device(name):
 def load_checkpoint(path):
     """Read a checkpoint of train.py: a dictionary of tensors and plain values. Raises UserError.
 
-    weights_only=True: a checkpoint is data, and no code that somebody put into it is ever run.
+    A file may come from anywhere. Everything that is used here is checked before anything is built, and no
+    value of the file is printed. Format 1 had other names for two settings.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{show(path)}: no such checkpoint")
+    if not os.path.isfile(path):
+        raise UserError(f"{printable(path)}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compress; a compressed one may hold terabytes
-            if any(entry.compress_type for entry in archive.infolist()):
-                raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version, config, weights = checkpoint["format"], dict(checkpoint["model"]), dict(checkpoint["weights"])
-        size = int(checkpoint["settings"]["size"])
-    except Exception:  # a torn zip, a foreign pickle, a picture: the cure is the same
-        raise UserError(f"{show(path)}: not a checkpoint of this program, or a damaged one; train.py writes them "
-                        "as last.pt and best.pt") from None
-    if version != FORMAT:
-        raise UserError(f"{show(path)}: checkpoint format {version}, but this program reads format {FORMAT}; "
-                        "update the program")
-    # Checked before anything is built: a width of a million would ask for terabytes.
-    sane = {"color": lambda v: v in ("rgb", "lab"), "width": lambda v: isinstance(v, int) and 1 <= v <= 256,
-            "latent": lambda v: isinstance(v, int) and 1 <= v <= 4096, "dropout": lambda v: isinstance(v, float) and 0 <= v < 1,
-            **{k: lambda v: isinstance(v, bool) for k in ("style", "sigmoid", "relu", "resize")}}
-    config = checkpoint["model"] = asdict(ModelConfig()) | config  # an older file does not know the newest settings
-    fits = 16 <= size <= 4096 and config.keys() == sane.keys() and all(sane[k](v) for k, v in config.items())
-    if fits:
-        with torch.device("meta"):  # shapes without memory
-            expected = Colorizer(ModelConfig(**config)).state_dict()
-        fits = {k: v.shape for k, v in expected.items()} == {k: getattr(v, "shape", None) for k, v in weights.items()}
-    if not fits:
-        raise UserError(f"{show(path)}: its settings and its weights do not describe a network of this program")
-    return checkpoint
+        checkpoint = load_torch_file(path)
+        version, size = checkpoint["format"], checkpoint["settings"]["size"]
+        config, weights = dict(checkpoint["model"]), dict(checkpoint["weights"])
+    except Exception:  # whatever it is, the cure is the same
+        raise UserError(f"{printable(path)}: not a checkpoint of this program, or a damaged one; train.py writes "
+                        "them as last.pt and best.pt") from None
+    if type(version) is not int or version not in (1, FORMAT):
+        raise UserError(f"{printable(path)}: checkpoint of another format than {FORMAT}; update the program")
+    try:
+        if version == 1:
+            config = {{"color": "space", "style": "use_style"}.get(k, k): v for k, v in config.items()}
+        config = ModelConfig.from_file(config)
+        if type(size) is not int or not 16 <= size <= 1024:
+            raise ValueError("size must be from 16 to 1024")
+        check_weights(weights, config)
+    except Exception as error:
+        why = error if isinstance(error, ValueError) else "damaged settings"
+        raise UserError(f"{printable(path)}: not a network of this program ({why})") from None
+    return checkpoint | {"model": asdict(config), "weights": weights}
+
+
+def check_weights(weights, config):
+    """Raise ValueError unless the weights are those of this network: names, shapes, types, finite numbers."""
+    with torch.device("meta"):  # shapes without memory
+        expected = Colorizer(config).state_dict()
+    for name in [*expected, *weights]:
+        e, w = expected.get(name), weights.get(name)
+        if e is None or w is None:
+            raise ValueError(f"{'unknown' if e is None else 'missing'} weight {str(name)[:60]!a}")
+        if type(w) is not torch.Tensor or w.layout != torch.strided or w.is_quantized or w.device.type != "cpu" \
+                or w.shape != e.shape or w.is_floating_point() != e.is_floating_point():
+            raise ValueError(f"weight {name} is of another shape or type")
+        if not w.isfinite().all():
+            raise ValueError(f"weight {name} holds nan or inf: its training had failed")
 
 
 def load_model(path, device="cpu"):
     """A checkpoint file -> (the network in evaluation mode, its weights frozen; the size it was trained at)."""
     checkpoint = load_checkpoint(path)
     model = Colorizer(ModelConfig(**checkpoint["model"]))
-    model.load_state_dict(checkpoint["weights"])  # the shipped file is in half precision; this makes it fp32
-    return model.to(device).eval().requires_grad_(False), int(checkpoint["settings"]["size"])
+    model.load_state_dict(checkpoint["weights"])  # shipped files are in half precision; this makes them float32
+    return model.to(device).eval().requires_grad_(False), checkpoint["settings"]["size"]
 
 
-# ---- pictures in, pictures out ----------------------------------------------------------------------------
+# ---- the paper's path: one code from the style, one answer for the photo ----------------------------------
 
-def fit(picture, size):
-    """Scale a PIL picture so that its short side is `size`, its shape kept; the long one at most 4 x size.
-
-    Returns (1, 3, h, w) in [0, 1].
-    """
-    W, H = picture.size
-    scale = size / min(W, H)
-    w, h = (min(4 * size, max(1, round(side * scale))) for side in (W, H))
-    small = picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
-    return to_tensor(small)[None] / 255                                               # (1, 3, h, w)
+@torch.no_grad()
+def encode(model, style):
+    """A small style picture (1, 3, h, w) in [0, 1] -> its code z (1, D)."""
+    return model.encode_style(rgb_to_network(style.to(model.head.weight.device), model.config.space))
 
 
 @torch.no_grad()
-def encode(model, picture, size):
-    """A PIL style picture -> its code z (1, D)."""
-    device = next(model.parameters()).device
-    return model.encode_style(rgb_to_network(fit(picture, size).to(device), model.config.color))
+def predict(model, gray, z, strength=1.):
+    """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU.
+
+    z: (1, D), or one code for each AdaIN layer (1, 9, D). strength scales the chroma: 0 gray, 1 as it is.
+    """
+    gray = gray.to(model.head.weight.device)
+    lab = network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
+    lab[:, 1:] *= strength
+    return lab
 
 
-def refine(model, photo, style, z, size, steps=REFINE_STEPS):
+def join(photo, ab):
+    """Give a PIL photo of any size the small colors ab (1, 2, h, w): its own L, the a, b enlarged.
+
+    Joined in tiles, so that memory does not grow with the photo beyond the two pictures themselves. Pillow's
+    `box` samples each tile as a part of the whole: the seams cannot be seen.
+    """
+    # Transposed convolutions can leave a checkerboard of single pixels, which enlarging would turn into dots.
+    # The filter [1 2 1] / 4 in both directions, as two passes of [1 1] / 2, removes just that frequency.
+    ab = F.pad(ab, (1, 1, 1, 1), mode="replicate")
+    ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)                     # (1, 2, h, w)
+    planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                      # 2 x (h, w), mode F
+    (W, H), (w, h) = photo.size, planes[0].size
+    result = Image.new("RGB", (W, H))
+    columns = min(W, TILE_PIXELS)
+    rows = max(1, TILE_PIXELS // columns)
+    for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
+        right, bottom = min(x + columns, W), min(y + rows, H)
+        tile = to_tensor(photo.crop((x, y, right, bottom)))[None] / 255               # (1, 3, rows, columns)
+        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)                   # the same place in the planes
+        large = [np.array(p.resize((right - x, bottom - y), Image.Resampling.BICUBIC, box=box)) for p in planes]
+        lab = torch.cat([rgb_to_lab(tile)[:, :1], torch.from_numpy(np.stack(large))[None]], dim=1)
+        result.paste(to_picture(lab_to_gamut(lab)[0]), (x, y))
+    return result
+
+
+def colorize_photo(model, photo, z, size, strength=1.):
+    """Color a PIL photo of any size with the code z; of a color photo only the L is used. Returns a PIL picture."""
+    gray = gray_of(resize_short_side(photo, size))                                    # (1, 1, h, w)
+    return join(photo, predict(model, gray, z, strength)[:, 1:])
+
+
+# ---- not in the paper: the code is fitted to each photo ---------------------------------------------------
+
+def refine(model, gray, style, z, steps=REFINE_STEPS):
     """Fit the code of a style to one photo by a few steps of Adam on the code alone: (1, D) -> (1, 9, D).
 
-    photo, style: PIL pictures. The encoder has never seen the photo, and the same code gives one photo all of the
-    style's colours and another half of them. So we look at the result: its palette is compared with the style's, by
-    the distance that the network was trained with, and the code, one for each AdaIN layer now, moves against the
-    slope. The weights stay as they are. (StyleGAN's users fit codes to pictures in the same way.) 0 steps return z.
+    gray (1, 1, h, w), style (1, 3, h', w'): small pictures in [0, 1]. The style encoder has never seen the
+    photo, so its code may bring only half of the style's colors to it. Here we look at the result: its palette
+    is compared with the style's by the distance that training uses, and the code, now one for each AdaIN
+    layer, moves downhill. The weights stay as they are. (GAN inversion fits codes to pictures in the same way.)
+    0 steps return z.
     """
     if not steps:
         return z
-    gray = gray_of(fit(photo, size).to(z.device))                                     # (1, 1, h, w)
-    wanted = rgb_to_lab(fit(style, size).to(z.device))[:, 1:]
+    gray, space = gray.to(z.device), model.config.space
+    wanted = rgb_to_lab(style.to(z.device))[:, 1:]
     wanted = F.interpolate(wanted, gray.shape[2:])                                    # as many pixels as the photo has
     z = z[:, None].repeat(1, model.levels, 1)                                         # (1, 9, D)
-    unit = z.abs().mean()  # of a step: codes of one network are a hundred times as large as another's
+    unit = z.abs().mean()  # of a step: codes of one network may be a hundred times as large as another's
     change = torch.zeros_like(z, requires_grad=True)
     adam = torch.optim.Adam([change], lr=.03)
     for step in range(steps):
-        lab = network_to_lab(model.colorize(gray, z + unit * change), gray, model.config.color)
-        shown = rgb_to_lab(lab_to_gamut(torch.cat([lightness(gray), lab[:, 1:]], dim=1)))
+        ab = network_to_lab(model.colorize(gray, z + unit * change), gray, space)[:, 1:]
+        shown = rgb_to_lab(lab_to_gamut(torch.cat([lightness(gray), ab], dim=1)))[:, 1:]
         # Other directions in each step: their spacing times the golden section, so that no two steps agree.
-        distance = sliced_wasserstein(shown[:, 1:], wanted, directions(8, z.device, step * .618 % 1)).mean()
+        distance = sliced_wasserstein(shown, wanted, 8, turn=step * .618 % 1).mean()
         change.grad, = torch.autograd.grad(distance, change)
         adam.step()
     return (z + unit * change).detach()
 
 
-@torch.no_grad()
-def colorize(model, picture, z, size, strength=1., raw=False):
-    """Colour a PIL photo of any size with the code z (1, D), or a code a layer (1, 9, D); returns a PIL picture.
-
-    Of a colour photo only the L is used. strength scales the chroma: 0 gray, 1 as the network says.
-    raw: the network's own small picture instead of the photo's L with enlarged colours.
-    """
-    device = next(model.parameters()).device
-    gray = gray_of(fit(picture, size).to(device))                                     # (1, 1, h, w)
-    lab = network_to_lab(model.colorize(gray, z), gray, model.config.color).cpu()     # (1, 3, h, w)
-    lab[:, 1:] *= strength
-    if raw:
-        return to_picture(lab_to_gamut(lab)[0])
-
-    # Transposed convolutions can leave a checkerboard of single pixels, which enlarging would turn into dots. The
-    # filter [1 2 1] / 4 in both directions, as two passes of [1 1] / 2, takes out just that frequency.
-    ab = F.pad(lab[:, 1:], (1, 1, 1, 1), mode="replicate")
-    ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)                     # (1, 2, h, w)
-
-    # Joined in strips of rows, so that memory does not grow with the photo beyond the two pictures
-    # themselves. Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
-    W, H = picture.size
-    planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                      # mode F, (h, w)
-    result = Image.new("RGB", (W, H))
-    rows = max(1, STRIP_PIXELS // W)
-    for y in range(0, H, rows):
-        end = min(y + rows, H)
-        strip = to_tensor(picture.crop((0, y, W, end)))[None] / 255                   # (1, 3, rows, W)
-        box = (0, y * ab.shape[2] / H, ab.shape[3], end * ab.shape[2] / H)
-        large = [np.array(p.resize((W, end - y), Image.Resampling.BICUBIC, box=box)) for p in planes]
-        strip = torch.cat([rgb_to_lab(strip)[:, :1], torch.from_numpy(np.stack(large))[None]], dim=1)
-        result.paste(to_picture(lab_to_gamut(strip)[0]), (0, y))
-    return result
-
+# ---- drawings ---------------------------------------------------------------------------------------------
 
 def gray_version(picture):
     """A PIL RGB picture -> the gray one of the same lightness, as the network sees it but in mode RGB."""
@@ -179,20 +198,22 @@ def gray_version(picture):
 
 
 def sheet(model, photos, styles, codes, size, strength=1.):
-    """The figure 8 of some photos: a row each, with the gray photo and its colourings.
+    """The figure 8 of some photos: a row each, with the gray photo and its colorings.
 
-    photos: PIL pictures; styles: PIL pictures for the first row, or None for an empty cell; codes: a function that
-    gives for a photo's centre square the codes of its colourings, one a style, in their order. Returns a PIL picture.
+    photos: PIL pictures, of which the centre square is taken; styles: PIL pictures for the first row, or None
+    for an empty cell; codes: a function that gives for a photo's square the codes of its colorings, one a
+    style, in their order. Returns a PIL picture.
     """
-    cells = {(0, column): square(style, size) for column, style in enumerate(styles, start=1) if style}
+    cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
-        photo = square(photo, size)
+        photo = crop_square(photo, size)
         cells[row, 0] = gray_version(photo)
         for column, z in enumerate(codes(photo), start=1):
-            cells[row, column] = colorize(model, photo, z, size, strength)
-    page = Image.new("RGB", ((len(styles) + 1) * (size + 4) + 4, (len(photos) + 1) * (size + 4) + 4), "white")
+            cells[row, column] = colorize_photo(model, photo, z, size, strength)
+    step = size + 4
+    page = Image.new("RGB", ((len(styles) + 1) * step + 4, (len(photos) + 1) * step + 4), "white")
     for (row, column), cell in cells.items():
-        page.paste(cell, (4 + column * (size + 4), 4 + row * (size + 4)))
+        page.paste(cell, (4 + column * step, 4 + row * step))
     return page
 
 
@@ -212,154 +233,208 @@ def histograms(codes, names):
     return page
 
 
+def draw_curves(rows, colors):
+    """Figures 2, 4 and 6: columns of log.csv over steps, on a logarithmic axis. Returns a PIL picture.
+
+    rows: dictionaries, as csv.DictReader gives them; colors: {name of a column: color of its line}.
+    """
+    curves = {name: [(float(row["step"]), math.log10(float(row[name]))) for row in rows if float(row.get(name) or 0) > 0]
+              for name in colors}
+    points = [point for curve in curves.values() for point in curve] or [(1, 0)]
+    right, low, high = max(x for x, _ in points), min(y for _, y in points) - .02, max(y for _, y in points) + .02
+    page = Image.new("RGB", (640, 400), "white")
+    pen = ImageDraw.Draw(page)
+
+    def place(x, y):
+        return 60 + 560 * x / right, 20 + 350 * (high - y) / (high - low)
+
+    for i in range(5):
+        x, y = right * i / 4, low + (high - low) * i / 4
+        pen.line([place(0, y), place(right, y)], fill="gainsboro")
+        pen.text((6, place(0, y)[1] - 6), f"{10 ** y:.4g}", fill="gray")
+        pen.text((place(x, y)[0] - 12, 378), f"{x:.0f}", fill="gray")
+    for i, (name, curve) in enumerate((name, curve) for name, curve in curves.items() if curve):
+        pen.line([place(*point) for point in curve], fill=colors[name], width=2)
+        for x, y in (place(*point) for point in curve):
+            pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colors[name])
+        pen.text((60 + 100 * i, 4), name.replace("_", " "), fill=colors[name])
+    return page
+
+
 # ---- the command line -------------------------------------------------------------------------------------
 
-def pictures_of(arguments):
-    """Files and folders -> files."""
-    found = []
-    for argument in arguments:
-        inside = list_pictures(argument) if Path(argument).is_dir() else [Path(argument)]
-        if not inside:
-            raise UserError(f"{show(argument)}: no picture in this folder ({' '.join(sorted(EXTENSIONS))})")
-        found += inside
-    return found
-
-
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="infer.py", usage="python infer.py PHOTO... STYLE [options]    (python infer.py --help lists them)",
-        description="Colour gray photos with the palette of a style picture.")
-    parser.add_argument("pictures", nargs="+", metavar="PHOTO... STYLE", help="files or folders; the last is the style")
-    parser.add_argument("--styles", nargs="+", default=[], metavar="FILE", help="more style pictures or folders")
-    parser.add_argument("--output", default=".", help="a file, or a folder for PHOTO_STYLE.png (default: here)")
-    parser.add_argument("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint (default: the one that ships)")
-    parser.add_argument("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    parser.add_argument("--raw", action="store_true", help="the network's own small output, not joined with the photo")
-    parser.add_argument("--grid", action="store_true", 
-                        help="one sheet as in figure 8: a row a photo, gray, in its own colours if it has any, a column a style")
-    parser.add_argument("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
-    parser.add_argument("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
-    parser.add_argument("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
-                        help="fit the code to each photo; 0: take it as it is, several times faster (default: %(default)s)")
-    parser.add_argument("--latents", action="store_true",
-                        help="all pictures are styles: print their codes' statistics and draw histograms")
+    """The command line -> its options. Exits with code 2 and one line for a mistake."""
+    parser = Parser(prog="infer.py", usage="python infer.py PHOTO... STYLE [options]",
+                    description="Color gray photos with the palette of a style picture.")
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="PHOTO... STYLE", help="files or folders; the last one is the style")
+    add("--styles", nargs="+", default=[], metavar="FILE", help="more style pictures or folders")
+    add("--output", default=".", help="a file, or a folder for PHOTO_STYLE.png (default: here)")
+    add("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint, or `paper` (default: the improved one)")
+    add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--raw", action="store_true", help="the network's own small picture, not joined with the photo")
+    add("--grid", action="store_true", help="one sheet as in figure 8, of centre squares: a row a photo (gray, in "
+                                            "its own colors if it has any, then a column a style)")
+    add("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
+    add("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
+    add("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
+        help="fit the code to each photo; 0 takes it as it is, several times faster (default: %(default)s)")
+    add("--latents", action="store_true", help="all pictures are styles: print statistics of their codes and "
+                                               "draw histograms, as in figures 5 and 7")
     args = parser.parse_args(argv)
-    if not args.latents and len(args.pictures) + len(args.styles) < 2:
-        parser.error("a style picture is missing: name a photo and then a style, as in  python infer.py gray.jpg style.jpg")
-    if args.raw and args.grid:
-        parser.error("--raw and --grid do not go together")
-    if args.size and not 16 <= args.size <= 4096:
-        parser.error("--size must be between 16 and 4096")
-    if not 0 <= args.strength <= 10:
-        parser.error("--strength must be between 0 and 10")
-    if not 0 <= args.refine <= 1000:
-        parser.error("--refine must be between 0 and 1000")
     if args.blend:
         try:
             args.blend = [float(w) for w in args.blend.split(",")]
         except ValueError:
-            args.blend = []
-        if not all(abs(w) < 1e6 for w in args.blend) or abs(sum(args.blend)) < 1e-6:
-            parser.error("--blend takes numbers with commas between them that do not add up to 0, as in 2,1")
+            args.blend = [math.nan]
+    for wrong, text in [
+            (not args.latents and len(args.pictures) + len(args.styles) < 2,
+             "a style picture is missing: name a photo and then a style, as in  python infer.py gray.jpg style.jpg"),
+            (args.grid and (args.raw or args.latents), "--grid does not go together with --raw or --latents"),
+            (args.size and not 16 <= args.size <= 4096, "--size must be from 16 to 4096"),
+            (not 0 <= args.strength <= 10, "--strength must be from 0 to 10"),
+            (not 0 <= args.refine <= 1000, "--refine must be from 0 to 1000"),
+            (args.blend and not (all(abs(w) < 1e6 for w in args.blend) and abs(sum(args.blend)) > 1e-6),
+             "--blend takes numbers with commas between them that do not add up to 0, as in 2,1")]:
+        if wrong:
+            parser.error(text)
     return args
+
+
+class Files:
+    """The files of one call: what could not be read, and where results go. An input is never overwritten."""
+
+    def __init__(self, output, inputs, wanted):
+        self.folder, self.inputs, self.wanted = Path(output), {os.path.realpath(p) for p in inputs}, wanted
+        self.taken, self.failures, self.started = set(), 0, time.monotonic()
+        self.one = self.folder.suffix != "" and not os.path.isdir(output) and not str(output).endswith("/")
+        if self.one and wanted > 1:
+            raise UserError(f"--output {printable(output)}: {wanted} pictures do not fit into one file; name a folder")
+        if self.one and self.folder.suffix.lower() not in EXTENSIONS:
+            raise UserError(f"--output {printable(output)}: unknown picture format ({' '.join(sorted(EXTENSIONS))}); "
+                            "a folder that is not there yet must end in /")
+
+    def open(self, paths):
+        """(path, picture) of those that can be read; each of the others gets its line and counts as a failure."""
+        for path in paths:
+            try:
+                yield path, open_picture(path)
+            except UserError as error:
+                print(f"infer.py: {error}", file=sys.stderr)
+                self.failures += 1
+
+    def save(self, picture, name):
+        """Save as --output, or as `name`.png in that folder. Raises UserError."""
+        path = self.folder if self.one else self.folder / f"{name}.png"
+        for n in itertools.count(2):  # a/x.jpg and b/x.jpg would both become x_style.png
+            if path not in self.taken:
+                break
+            path = self.folder / f"{name}_{n}.png"
+        if os.path.realpath(path) in self.inputs:
+            raise UserError(f"{printable(path)}: is one of the inputs, and stays; choose another --output")
+        limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
+        if max(picture.size) > limit:
+            raise UserError(f"{printable(path)}: this format holds at most {limit} pixels a side; choose .png")
+        save_atomically(path, lambda part: picture.save(part, quality=95, subsampling="4:4:4"))
+        self.taken.add(path)
+        print(printable(path))
+        if sys.stderr.isatty() and len(self.taken) < self.wanted:
+            left = (time.monotonic() - self.started) * (self.wanted / len(self.taken) - 1)
+            print(f"{len(self.taken)} of {self.wanted}, {left:.0f} s left ", end="\r", file=sys.stderr)
+
+
+def find_pictures(arguments):
+    """Files and folders -> files. A folder without pictures stays as it is: opening it will say so."""
+    found = [list_pictures(a) or [Path(a)] if os.path.isdir(a) else [Path(a)] for a in arguments]
+    return list(itertools.chain.from_iterable(found))
+
+
+def style_codes(model, photo, styles, args):
+    """The codes for a small photo (1, 3, h, w), one after the other: one a style, or the blend of all."""
+    gray = gray_of(photo)
+    fitted = (refine(model, gray, small, z, args.refine) for _, small, z in styles)
+    if args.blend:
+        yield sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)
+    else:
+        yield from fitted
+
+
+def color_pairs(model, photos, styles, files, size, args):
+    """Every photo with every style, or with their blend."""
+    names = ["blend"] if args.blend else [name for name, *_ in styles]
+    for path, photo in files.open(photos):
+        small = resize_short_side(photo, size)                                        # (1, 3, h, w)
+        for name, z in zip(names, style_codes(model, small, styles, args)):
+            lab = predict(model, gray_of(small), z, args.strength)                    # (1, 3, h, w)
+            result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab[:, 1:])
+            files.save(result, f"{path.stem}_{name}")
+
+
+def color_grid(model, photos, styles, files, size, args):
+    """One sheet: photos down, styles across; the photos' own colors come first if any photo has some."""
+    pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
+    own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
+
+    def codes(photo):
+        small = to_tensor(photo)[None] / 255                                          # (1, 3, size, size)
+        if own:
+            yield refine(model, gray_of(small), small, encode(model, small), args.refine)
+        yield from style_codes(model, small, styles, args)
+
+    if pictures:
+        first_row = [None] * own + ([None] if args.blend else [to_picture(small[0]) for _, small, _ in styles])
+        files.save(sheet(model, pictures, first_row, codes, size, args.strength), "grid")
+
+
+def show_codes(styles, files):
+    """The numbers in the codes of all styles, as a table and as histograms."""
+    codes = torch.cat([z for *_, z in styles]).cpu()                            # (N, D)
+    print(f"Each style is a code of {codes.shape[1]} numbers; these are their smallest, mean, largest, and deviation:")
+    for (name, *_), z in zip(styles, codes):
+        print(f"{printable(name):40s} {z.min():8.3f} {z.mean():8.3f} {z.max():8.3f} {z.std(correction=0):9.3f}")
+    if len(styles) > 1:
+        spread = codes.std(0, correction=0)                                           # (D,)
+        print(f"spread over styles: {spread.mean():.4f}, the mean deviation of a number from style to style; "
+              f"{(spread > .01).sum()} of {len(spread)} numbers move by more than .01")
+    files.save(histograms(codes, [name for name, *_ in styles]), "latents")
 
 
 def main(argv=None):
     args = parse(argv)
     # With --styles, a single picture is the photo; with --latents there is no photo.
     n = 0 if args.latents else max(1, len(args.pictures) - 1)
-    photos, style_paths = pictures_of(args.pictures[:n]), pictures_of(args.pictures[n:] + args.styles)
+    photos, style_paths = find_pictures(args.pictures[:n]), find_pictures(args.pictures[n:] + args.styles)
+    if n > 1 and not any(map(os.path.isdir, args.pictures[:n])):
+        print(f"infer.py: {n} photos and the style {printable(args.pictures[n])}; more styles go behind --styles",
+              file=sys.stderr)
     if args.blend and len(args.blend) != len(style_paths):
-        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles")
-    output = Path(args.output)
-    one_file = output.suffix != "" and not output.is_dir() and not args.output.endswith("/")
-    if args.grid or args.latents:
-        wanted = 1
-    else:
-        wanted = len(photos) * (1 if args.blend else len(style_paths))
-    if one_file and wanted > 1:
-        raise UserError(f"--output {show(output)}: {wanted} pictures do not fit into one file; name a folder")
-    if one_file and output.suffix.lower() not in EXTENSIONS:
-        raise UserError(f"--output {show(output)}: unknown picture format ({' '.join(sorted(EXTENSIONS))}); "
-                        "a folder that is not there yet must end in /")
-
-    device = pick_device(args.device)
-    model, size = load_model(args.weights, device)
+        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; "
+                        "more styles go behind --styles")
+    weights = WEIGHTS / "paper.pt" if args.weights == "paper" else args.weights
+    wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
+    files = Files(args.output, [*photos, *style_paths, weights], wanted)
+    model, size = load_model(weights, pick_device(args.device))
     size = args.size or size
-    if not model.config.style:
-        raise UserError(f"{show(args.weights)}: a plain U-Net without style encoder; it cannot follow a style picture")
+    if not model.config.use_style:
+        raise UserError(f"{printable(weights)}: a plain U-Net without style encoder; it cannot follow a style picture")
 
-    failed = 0
-    inputs = {os.path.realpath(p) for p in photos + style_paths}
-    taken = set()
-
-    def save(picture, name):
-        """Save under --output, or under `name` in that folder. An input is never overwritten."""
-        path = output if one_file else output / f"{name}.png"
-        for n in range(2, 10_000):  # a/x.jpg and b/x.jpg would both become x_style.png
-            if path not in taken:
-                break
-            path = output / f"{name}_{n}.png"
-        if os.path.realpath(path) in inputs:
-            raise UserError(f"{show(path)}: is one of the inputs, and stays; choose another --output")
-        taken.add(path)
-        save_atomically(path, lambda part: picture.save(part, quality=95, subsampling=0))
-        print(show(path))
-
-    def readable(paths):
-        """(path, picture) of those that can be opened; the others get their line and count as failures."""
-        nonlocal failed
-        for path in paths:
-            try:
-                yield path, open_picture(path)
-            except UserError as error:
-                print(f"infer.py: {error}", file=sys.stderr)
-                failed += 1
-
-    styles = []  # (name, small picture, code): a style file is read and encoded once, for all photos
-    for path, picture in readable(style_paths):
-        styles.append((path.stem, to_picture(fit(picture, size)[0]), encode(model, picture, size)))
-        if mean_chroma(picture) < 1 and not args.latents:
-            print(f"infer.py: {show(path)} is gray, and so will be the result; the style comes last", file=sys.stderr)
-    if not styles or (args.blend and failed):
+    styles = []  # (name, small picture, code): a style is read and encoded once, for all photos
+    for path, picture in files.open(style_paths):
+        small = resize_short_side(picture, size)                                      # (1, 3, h, w)
+        styles.append((path.stem, small, encode(model, small)))
+        if len(style_paths) == 1 and mean_chroma(picture) < 1 and not args.latents:
+            print(f"infer.py: {printable(path)} is gray, and so will be the result; the style comes last", file=sys.stderr)
+    if not styles or (args.blend and files.failures):
         return 1
     if args.latents:
-        codes = torch.cat([z for *_, z in styles]).cpu()                              # (N, D)
-        print(f"{'style':40s} {'min':>8s} {'mean':>8s} {'max':>8s} {'deviation':>9s}")
-        for (name, *_), z in zip(styles, codes):
-            print(f"{show(name):40s} {z.min():8.3f} {z.mean():8.3f} {z.max():8.3f} {z.std(correction=0):9.3f}")
-        if len(styles) > 1:
-            spread = codes.std(0, correction=0)
-            print(f"spread over styles: {spread.mean():.4f}, {(spread > .01).sum()} of {len(spread)} dimensions alive")
-        save(histograms(codes, [name for name, *_ in styles]), "latents")
-        return min(failed, 1)
-    names, thumbnails = [name for name, *_ in styles], [picture for _, picture, _ in styles]
-    if args.blend:
-        names, thumbnails = ["blend"], [None]
-
-    def codes(photo, own=False):
-        """The codes that this photo is coloured with, one after the other: its own, then one a style, or their mean."""
-        photo = to_picture(fit(photo, size)[0])  # once, for all styles; to fit it again changes nothing
-        if own:
-            yield refine(model, photo, photo, encode(model, photo, size), size, args.refine)
-        fitted = (refine(model, photo, picture, z, size, args.refine) for _, picture, z in styles)
-        if args.blend:
-            yield sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)
-        else:
-            yield from fitted
-
-    if args.grid:
-        pictures = [square(picture, size) for _, picture in readable(photos)]
-        own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
-        if pictures:
-            page = sheet(model, pictures, [None] * own + thumbnails, lambda photo: codes(photo, own), size, args.strength)
-            save(page, "grid")
-        return min(failed, 1)
-    for path, picture in readable(photos):
-        for name, z in zip(names, codes(picture)):
-            save(colorize(model, picture, z, size, args.strength, args.raw), f"{path.stem}_{name}")
-    return min(failed, 1)
+        show_codes(styles, files)
+    elif args.grid:
+        color_grid(model, photos, styles, files, size, args)
+    else:
+        color_pairs(model, photos, styles, files, size, args)
+    return min(files.failures, 1)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """What the network is trained on, and what its results are measured with.
 
-    training loss = mse * MSE + lpips * LPIPS [+ palette * sliced Wasserstein]          (section 2.2)
+    color loss = mse * MSE + lpips * LPIPS [+ palette * sliced Wasserstein]              (section 2.2)
 
-LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet looks at both pictures,
-and the distance is taken between what it sees. Pictures are RGB in [0, 1] everywhere in this file.
+LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", looks at
+both pictures, and the distance is taken between what it sees. Pictures are RGB in [0, 1] in this whole file.
 
-    python -c "import torch, losses; print(losses.LPIPS('alex')(*torch.rand(2, 1, 3, 64, 64)))"
+    python -c "import torch, losses as l; print(l.LPIPS('alex', l.make_trunk('alex'))(*torch.rand(2, 1, 3, 64, 64)))"
 """
-import http.client
 import os
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import (UserError, directions, network_to_rgb, reason, rgb_to_lab, rgb_to_network, show,
-                  sliced_wasserstein)
+from data import (UserError, download, load_torch_file, network_to_rgb, printable, rgb_to_lab,
+                  rgb_to_network, sliced_wasserstein)
 
 # ---- LPIPS ------------------------------------------------------------------------------------------------
-# (channels, kernel, stride, padding) of each convolution; "pool" with (kernel, stride). Layers keep the
-# numbers they have in torchvision's `features`, so that published weight files fit as they are.
+# (channels, kernel, stride, padding) of each convolution, (kernel, stride) of each max-pooling. Layers keep
+# the numbers they have in torchvision's `features`, so that published weight files fit as they are.
 TRUNKS = {
     "vgg": [(64, 3, 1, 1), (64, 3, 1, 1), (2, 2), (128, 3, 1, 1), (128, 3, 1, 1), (2, 2),
             (256, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), (2, 2), (512, 3, 1, 1), (512, 3, 1, 1), (512, 3, 1, 1),
@@ -29,7 +28,8 @@ TRUNKS = {
 }
 TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose output is compared
 URLS = {"vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # name ends in the SHA-256's start
+        "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # 8 digits of the SHA-256 in the name
+FEATURES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # a file of the convolutions alone
 LINEAR_WEIGHTS = Path(__file__).parent / "weights" / "lpips_linear.pt"
 
 
@@ -45,52 +45,46 @@ def make_trunk(net):
     return nn.Sequential(*layers)
 
 
-def trunk_file(net, path=""):
-    """Where the trunk's weights are: `path`, else the folder COLORIZER_WEIGHTS, else torch's hub cache.
+def trunk_file(net):
+    """Where the trunk's weights are: in the folder $COLORIZER_WEIGHTS, else in torch's cache.
 
-    If none has them they are downloaded into the cache, with progress and hash check. Raises UserError.
+    If neither has them they are downloaded into the cache, with progress and hash check. Raises UserError.
     """
-    name = URLS[net].rsplit("/", 1)[-1]
-    if path:
-        return Path(path)
-    cache = Path(torch.hub.get_dir(), "checkpoints")
-    for folder in [os.environ.get("COLORIZER_WEIGHTS"), cache]:
-        for candidate in [name, {"vgg": "vgg16", "alex": "alexnet"}[net] + "_features.pth"]:
-            if folder and Path(folder, candidate).is_file():
+    name, cache = URLS[net].rsplit("/", 1)[-1], Path(torch.hub.get_dir(), "checkpoints")
+    for folder in (os.environ.get("COLORIZER_WEIGHTS"), cache):
+        for candidate in (name, FEATURES[net]):
+            if folder and os.path.isfile(Path(folder, candidate)):
                 return Path(folder, candidate)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URLS[net], str(cache / name), hash_prefix=name.split("-")[-1][:8])
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network; wrong hash; cut off
-        raise UserError(f"cannot download the weights of LPIPS ({reason(error)}): fetch {URLS[net]} "
-                        f"on another machine and put it into {show(cache)} or the folder $COLORIZER_WEIGHTS, or name "
-                        "it with --lpips-weights FILE; --lpips 0 trains without") from None
+    download(URLS[net], cache / name, name.split("-")[-1][:8],
+             f"fetch it on another machine and put it into {printable(cache)} or the folder $COLORIZER_WEIGHTS, "
+             "or name it with --lpips-weights FILE; --lpips 0 trains without")
     return cache / name
 
 
 def load_trunk(net, path=""):
-    """The trunk with its published weights: torchvision's whole network or its `features` alone.
+    """The trunk with its published weights, from `path` or where trunk_file finds them.
 
-    Only the convolutions are kept. Raises UserError for a file that is not this network's.
+    The file holds torchvision's whole network or its `features` alone; only the convolutions are kept.
+    Raises UserError for a file that is not this network's.
     """
-    path = trunk_file(net, path)
+    path = path or trunk_file(net)
+    if not os.path.isfile(path):
+        raise UserError(f"--lpips-weights {printable(path)}: no such file")
     trunk = make_trunk(net)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_torch_file(path)
         state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
         trunk.load_state_dict(state)
-    except FileNotFoundError:
-        raise UserError(f"--lpips-weights {show(path)}: no such file") from None
     except Exception:  # not a torch file, not a dict, other keys or other shapes: one cure for all
-        raise UserError(f"{show(path)}: does not hold the {net} weights; fetch {URLS[net]}") from None
+        raise UserError(f"{printable(path)}: does not hold the {net} weights; fetch {URLS[net]}") from None
     return trunk
 
 
 class LPIPS(nn.Module):
     """Learned perceptual distance of two batches of pictures, both RGB (B, 3, H, W) in [0, 1] -> (B,).
 
-    `target` gets no gradient and keeps no graph. Always computed in fp32, also under autocast: half
-    precision rounds away the small differences that it is made of.
+    `target` gets no gradient and keeps no graph. Always computed in float32, also under autocast: half
+    precision rounds away the small differences that this distance is made of.
     """
 
     def __init__(self, net="vgg", trunk=None):
@@ -100,21 +94,20 @@ class LPIPS(nn.Module):
         linear = torch.load(LINEAR_WEIGHTS, map_location="cpu", weights_only=True)[net]
         for i, w in enumerate(linear):                                                # (1, C, 1, 1), all >= 0
             self.register_buffer(f"linear{i}", w)
-        # The trunk was trained on normalised photos; these constants come with LPIPS and expect [-1, 1].
+        # The trunk was trained on normalized photos; these constants come with LPIPS and expect [-1, 1].
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188])[None, :, None, None])
         self.register_buffer("scale", torch.tensor([.458, .448, .450])[None, :, None, None])
         self.requires_grad_(False)
 
     def features(self, x):
-        """Unit-length features at the five taps."""
+        """Features of unit length at the five taps: five times (B, C, H', W')."""
         x = (2 * x - 1 - self.shift) / self.scale
         found = []
         for i, layer in enumerate(self.trunk):
-            # The next ReLU works in place on its own convolution's output only, never on what was kept.
-            x = layer(x)
+            x = layer(x)  # a ReLU works in place on its own convolution's output, never on what was kept
             if i in self.taps:
-                # The small number stands inside the root: outside, as in the original, an all-zero
-                # feature vector has a NaN gradient, and flat dark areas can produce such vectors.
+                # The small number stands inside the root. Outside, as in the original, a feature vector of
+                # zeros has a NaN gradient, and flat dark areas can produce such vectors.
                 found.append(x * torch.rsqrt(x.square().sum(1, keepdim=True) + 1e-10))
         return found
 
@@ -128,29 +121,72 @@ class LPIPS(nn.Module):
         return distance                                                               # (B,)
 
 
-# ---- the training loss ------------------------------------------------------------------------------------
+# ---- training losses --------------------------------------------------------------------------------------
 
-def color_loss(out, gray, rgb, style, color, weights, lpips=None, turn=0.):
-    """The colourisation loss of section 2.2.
+def color_loss(out, gray, rgb, space, loss_weights, lpips=None, turn=0.):
+    """The colorization loss of section 2.2.
 
-    out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be; style: the style picture.
-    color: "rgb" or "lab": MSE is taken on RGB or on a, b / 110, LPIPS always on RGB.
-    weights: {"mse": w, "lpips": w, "palette": w}, a zero leaves the term out; the palette term compares the
-    (a, b) cloud of the output with the style's, along 8 directions that `turn` of their spacing rotates.
+    out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be, (B, 3, H, W).
+    space: "rgb" or "lab": MSE is taken on RGB or on a, b / 110, LPIPS always on RGB.
+    loss_weights: {"mse": w, "lpips": w, "palette": w}; a zero leaves the term out.
     Returns the weighted sum and a dictionary of the terms (means over the batch, without graph).
     """
     terms = {}
-    if weights["mse"]:
-        terms["mse"] = F.mse_loss(out, rgb_to_network(rgb, color))
-    if weights["lpips"]:
-        terms["lpips"] = lpips(network_to_rgb(out, gray, color), rgb).mean()
-    if weights["palette"]:
-        ab = out if color == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
-        # A quarter of the pixels is cloud enough. The output's are means of 2x2, so that the network gains nothing by
-        # mixing its colours in a lattice of dots, to which its transposed convolutions lend themselves.
-        terms["palette"] = sliced_wasserstein(F.avg_pool2d(ab, 2), rgb_to_network(style, "lab")[:, :, 1::2, 1::2],
-                                              directions(8, out.device, turn)).mean()
-    return sum(weights[k] * v for k, v in terms.items()), {k: v.detach() for k, v in terms.items()}
+    if loss_weights["mse"]:
+        terms["mse"] = F.mse_loss(out, rgb_to_network(rgb, space))
+    if loss_weights["lpips"]:
+        terms["lpips"] = lpips(network_to_rgb(out, gray, space), rgb).mean()
+    if loss_weights["palette"]:
+        terms["palette"] = palette_loss(out, rgb, space, turn)
+    loss = sum(loss_weights[k] * v for k, v in terms.items())
+    return loss, {k: v.detach() for k, v in terms.items()}
+
+
+def palette_loss(out, rgb, space, turn=0.):
+    """Distance between the palettes of the network's answer and of a picture; not in the paper.
+
+    MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
+    is taken along 8 directions that `turn` of their spacing rotates, at a quarter of the pixels. The output's
+    are means of 2x2, so that the network gains nothing by mixing colors in a checkerboard.
+    """
+    ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
+    wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                             # (B, 2, H/2, W/2)
+    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, turn).mean()
+
+
+def pair_loss(ab, lab, pixels=384):
+    """One thing keeps one color: distance of pixels that should agree over distance of those that should not.
+
+    ab: the output's a, b (B, 2, H, W) under any style; lab: the photo's true L, a, b (B, 3, H, W). No truth
+    exists for a foreign style, but what had one color in the photo should have one color now. To color by
+    lightness alone would be a cheap way to that; so pixels of equal lightness and different true color
+    stand in the denominator. Of all pairs among some random pixels; pictures with too few of them are left out.
+    """
+    i = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
+
+    def distances(x):
+        x = x.flatten(2)[:, :, i]                                                     # (B, C, N)
+        return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()     # (B, N, N)
+
+    true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)      # noise is no color of its own
+    same = torch.exp(-(distances(true) / 5).square())                                 # (B, N, N), 1 = the same color
+    apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
+    d = distances(ab)
+    ratio = (same * d).sum((1, 2)) / same.sum((1, 2)) / ((apart * d).sum((1, 2)) / (apart.sum((1, 2)) + 1e-6) + 1)
+    enough = (apart.mean((1, 2)) > .002).float()                                      # (B,)
+    return (ratio.clamp(max=2) * enough).sum() / enough.sum().clamp(min=1)
+
+
+def style_loss(model, gray, style, out):
+    """Section 3.2, the attempt that failed: the code of the result should be the code of the style.
+
+    As in the paper, the result's code is taken without gradient. Only the style encoder gets a gradient, and
+    the easiest way to lower this loss is to shrink all codes to zero. Returns a number.
+    """
+    space = model.config.space
+    with torch.no_grad():
+        result = model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space))
+    return F.mse_loss(model.encode_style(rgb_to_network(style, space)), result)
 
 
 # ---- measures of a result ---------------------------------------------------------------------------------
@@ -160,39 +196,12 @@ def psnr(x, y):
     return -10 * (x - y).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
-def ssim(x, y):
-    """Structural similarity (Wang et al. 2004), (B, C, H, W) in [0, 1] -> (B,), at most 1.
-
-    11x11 Gaussian window, sigma 1.5, K1 .01, K2 .03, only where the whole window fits; needs H, W >= 11.
-    """
-    i = torch.arange(11, device=x.device) - 5.
-    g = torch.exp(-i.square() / (2 * 1.5 ** 2))
-    C = x.shape[1]
-    window = (g[:, None] * g / g.sum() ** 2).expand(C, 1, 11, 11)
-
-    def blur(x):
-        return F.conv2d(x, window, groups=C)
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    c1, c2 = .01 ** 2, .03 ** 2
-    return ((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean((1, 2, 3))
-
-
 def palette_distances(out, style):
     """The two sums that palette transfer is made of, RGB (B, 3, H, W) in [0, 1] twice -> (B,), (B,).
 
-    W(out, style) and W(gray, style), sliced Wasserstein distances in CIELAB a, b along 32 directions, gray
-    being a cloud of zeros. Palette transfer of a set is 1 - sum of the first / sum of the second:
+    W(out, style) and W(gray, style), sliced Wasserstein distances in CIELAB a, b along 32 directions; gray is
+    a cloud of zeros. Palette transfer of a set is 1 - sum of the first / sum of the second:
     0 = as far away as a gray picture, 1 = exactly the style's palette.
     """
     a, b = rgb_to_lab(out)[:, 1:], rgb_to_lab(style)[:, 1:]
-    along = directions(32, out.device)
-    return sliced_wasserstein(a, b, along), sliced_wasserstein(torch.zeros_like(a), b, along)
-
-
-def colourfulness(x):
-    """Hasler & Suesstrunk 2003 on the 0-255 scale, RGB (B, 3, H, W) in [0, 1] -> (B,); 0 for gray."""
-    r, g, b = (x * 255).flatten(2).unbind(1)                                          # 3 x (B, HW)
-    rg, yb = r - g, (r + g) / 2 - b
-    spread = (rg.var(1, correction=0) + yb.var(1, correction=0)).sqrt()
-    return spread + .3 * (rg.mean(1).square() + yb.mean(1).square()).sqrt()
+    return sliced_wasserstein(a, b, 32), sliced_wasserstein(torch.zeros_like(a), b, 32)

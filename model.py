@@ -1,15 +1,15 @@
-"""The network of figure 1: a U-Net that colours a gray photo, steered by the code of a style picture.
+"""The network of figure 1: a U-Net that colors a gray photo, steered by the code of a style picture.
 
     style (B, 3, H, W) --encode_style--> z (B, 32) --.
                                                      |  nine AdaIN layers
     gray  (B, 1, 128, 128) --encoder--> (B, 128, 8, 8) --decoder--> + head --> (B, 3, 128, 128)
 
 In RGB the style picture and the output have 3 channels in [0, 1]; in LAB they have 2, a and b divided by 110.
-The gray input is in [0, 1] (data.py says how it is made). Count the parameters of the final model:
+The gray input is in [0, 1] (data.py, gray_of). Count the parameters of the paper's final model:
 
     python -c "import model; print(sum(p.numel() for p in model.Colorizer().parameters()))"
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import nn
@@ -17,21 +17,61 @@ from torch.nn import functional as F
 
 from adain import AdaIN
 
-STRIDE = 16  # four halvings: every side must be a multiple of 16 inside the network
+STRIDE = 16  # four halvings: inside the network every side must be a multiple of 16
+
+
+# ---- settings ---------------------------------------------------------------------------------------------
+
+def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
+    """A dataclass field that carries its own help text, choices and bounds.
+
+    The command line, the check of a checkpoint and the check of --resume are all made from these fields:
+    a new setting needs this one line and nothing else.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 @dataclass
 class ModelConfig:
-    """Everything that is needed to build the network again; saved in each checkpoint."""
-    color: str = "rgb"      # "rgb": 3 channels out; "lab": only a and b, the photo keeps its own L
-    width: int = 16         # channels of the first stage: 16 in the final model, 64 before its "scarcity"
-    latent: int = 32        # numbers in a style code; the paper tried 16, 32, 64, 128
-    dropout: float = 0.2    # after every block, in training only; 0 switches it off
-    style: bool = True      # False: no style encoder, no AdaIN, the plain U-Net of table 1
-    sigmoid: bool = False   # squash the code into (0, 1), as tried in section 3.2
-    relu: bool = False      # a ReLU before the pooling that makes the code, as in the authors' program
-    resize: bool = False    # up-sample by nearest neighbour and a 3x3 convolution, not by a transposed convolution
+    """All that is needed to build the network again; every checkpoint holds it as a plain dictionary."""
+    space: str = setting("rgb", "what the network makes: rgb, or a and b beside the photo's own L", ("rgb", "lab"))
+    width: int = setting(16, "channels of the first stage; 64 before the paper made the network scarce", (), 1, 256)
+    latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", (), 1, 4096)
+    dropout: float = setting(.2, "share of features set to 0 after every block, in training only", (), 0, .95)
+    use_style: bool = setting(True, "style encoder and AdaIN; without them it is the plain U-Net of table 1")
+    sigmoid: bool = setting(False, "squash the style code into (0, 1), as tried in section 3.2")
+    padding: str = setting("zeros", "what 3x3 convolutions see beyond the border", ("zeros", "replicate"))
 
+    def check(self):
+        """Raise ValueError for the first setting of a wrong type or outside its bounds; returns self.
+
+        A value may come from a file that somebody else made, so it is never printed.
+        """
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata
+            if type(value) is not f.type:  # a bool is an int, but no width
+                raise ValueError(f"{f.name} must be of type {f.type.__name__}")
+            if rule["choices"] and value not in rule["choices"]:
+                raise ValueError(f"{f.name} must be one of {', '.join(rule['choices'])}")
+            if f.type in (int, float) and not rule["low"] <= value <= rule["high"]:  # this refuses nan, too
+                raise ValueError(f"{f.name} must be from {rule['low']} to {rule['high']}")
+        return self
+
+    @classmethod
+    def from_file(cls, values):
+        """Settings from a dictionary that a file held. Raises ValueError that names what is wrong with it.
+
+        A setting that the file lacks is newer than the file and gets its default. One that this program does not
+        know is refused, unless it is False: a switch that was off changes nothing.
+        """
+        known = {f.name for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known and value is not False:
+                raise ValueError(f"this program has no setting {str(name)[:40]!a}")
+        return cls(**{k: v for k, v in values.items() if k in known}).check()
+
+
+# ---- the parts --------------------------------------------------------------------------------------------
 
 def reflect_pad(x, multiple):
     """Pad (B, C, H, W) at the bottom and the right to multiples of `multiple` by reflection.
@@ -47,49 +87,46 @@ def reflect_pad(x, multiple):
     return x
 
 
-def conv_block(channels_in, channels_out, convs):
-    """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width."""
+def conv_block(channels_in, channels_out, convs, padding):
+    """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
+
+    Zero padding tells the network where the border is, and it uses that to lay colors across the picture;
+    "replicate" repeats the border's own features and gives no such hint.
+    """
     layers = []
     for _ in range(convs):
-        layers += [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.ReLU(inplace=True),
-                   nn.BatchNorm2d(channels_out)]
+        layers += [nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding),
+                   nn.ReLU(inplace=True), nn.BatchNorm2d(channels_out)]
         channels_in = channels_out
     return nn.Sequential(*layers)
 
 
-def upsampling(channels, resize):
-    """Doubles the size of a feature map. The 4x4 kernel of a transposed convolution overlaps itself evenly, but its
-    four phases have weights of their own, and so can paint a lattice; an enlarged map has no phases to tell apart."""
-    if resize:
-        return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
-    return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
-
-
 class StyleEncoder(nn.Module):
-    """Five 3x3 convolutions of stride 2, then global average pooling: a picture becomes one short code.
+    """Five 3x3 convolutions of stride 2, then the mean over the picture: a picture becomes one short code.
 
-    style: (B, C, H, W) of any size -> z: (B, D). No ReLU stands before the pooling unless `relu` asks for it, so
-    a code may be negative and a dimension cannot die; no BatchNorm, so a code does not depend on its batch. Its
-    widths are the authors', and did not shrink with the U-Net's.
+    style: (B, C, H, W) of any size -> z: (B, D). No ReLU follows the last convolution, so a code may be
+    negative and no dimension of it can die; no BatchNorm, so a code does not depend on the rest of its batch.
+    The widths are the authors'; they did not shrink with the U-Net's.
     """
 
-    def __init__(self, channels, latent, sigmoid=False, relu=False):
+    def __init__(self, channels, latent, sigmoid=False):
         super().__init__()
         widths = [channels, 64, 128, 256, 512, latent]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
-        self.sigmoid, self.relu = sigmoid, relu
+        self.sigmoid = sigmoid
         for conv in self.convs:
-            # torch's default lets the signal fade by a factor of about 2.4 a layer: all codes would start alike.
+            # torch's default weights make the signal 2.4 times smaller in each layer: all codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 
     def forward(self, x):
         for conv in self.convs[:-1]:
-            x = F.relu(conv(x), inplace=True)
-        x = self.convs[-1](x)
-        z = (F.relu(x) if self.relu else x).mean(dim=(2, 3))                          # (B, D)
+            x = F.relu(conv(x), inplace=True)                                          # (B, 512, H/16, W/16) at last
+        z = self.convs[-1](x).mean(dim=(2, 3))                                         # (B, D), global average pooling
         return torch.sigmoid(z) if self.sigmoid else z
 
+
+# ---- the network ------------------------------------------------------------------------------------------
 
 class Colorizer(nn.Module):
     """U-Net + style encoder + AdaIN. `forward(gray, style)` is `colorize(gray, encode_style(style))`."""
@@ -97,29 +134,31 @@ class Colorizer(nn.Module):
     def __init__(self, config=None):
         super().__init__()
         self.config = c = config or ModelConfig()
-        out_channels = {"rgb": 3, "lab": 2}[c.color]
-        w = c.width
-        widths = [w, 2 * w, 4 * w, 8 * w, 8 * w]                                      # of the five encoder stages
-        # The two deepest stages, whose maps are small and cheap, hold four convolutions, the others two.
+        w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
+        down = [w, 2 * w, 4 * w, 8 * w, 8 * w]     # channels of the five encoder stages
+        up = [8 * w, 4 * w, 2 * w, w]              # of the four decoder stages, at their beginning
+        narrow = [4 * w, 2 * w, w, w]              # and at their end
+        self.levels = len(down) + len(up)          # nine AdaIN layers
+
+        # Encoder. The two deepest stages, whose maps are small and cheap, hold four convolutions, the others two.
         self.encoder = nn.ModuleList(
-            conv_block(i, o, convs) for i, o, convs in zip([1] + widths, widths, [2, 2, 2, 4, 4]))
-        # A decoder stage: double the size, normalise, join the skip, fuse with a 1x1 convolution, three 3x3
-        # convolutions of which the first narrows to the next stage's width.
-        # (AdaIN takes away again what the bias or the BatchNorm just before it adds. The paper has both; the
-        # BatchNorm still keeps the features within reason on their way, such a bias is idle.)
-        ups = [8 * w, 4 * w, 2 * w, w]
-        narrow = ups[1:] + [w]                                                        # [4w, 2w, w, w]
-        self.up = nn.ModuleList(upsampling(i, c.resize) for i in ups)
-        self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in ups)
-        self.decoder = nn.ModuleList(conv_block(i, o, 3) for i, o in zip(ups, narrow))
-        self.levels = len(widths) + len(ups)                                          # nine AdaIN layers
-        if c.style:
-            self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid, c.relu)
-            self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in widths + ups)
-        # Made once, here: train() and eval() then switch it. Made inside forward() it would always be active.
+            conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
+        # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
+        # convolution, and applies three 3x3 convolutions of which the first narrows to the next stage's width.
+        # A 4x4 transposed convolution of stride 2 computes the four pixels of each 2x2 block with different
+        # weights, so it can leave a checkerboard; the paper has it, and infer.py filters it out.
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in up)
+        self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in up)
+        self.decoder = nn.ModuleList(conv_block(i, o, 3, c.padding) for i, o in zip(up, narrow))
+        # AdaIN normalizes every channel anew, so a bias or a BatchNorm scale right before it has no effect.
+        # Both stay, because the paper has them.
+        if c.use_style:
+            self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid)
+            self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in down + up)
+        # Dropout is made here, once, and so train() and eval() switch it; made in forward() it would always be on.
         self.dropout = nn.Dropout(c.dropout)
-        # The fifth skip connection is the gray picture itself. A head of zeros makes the untrained network
-        # answer "leave it gray"; training then starts from there and not from noise.
+        # The fifth skip connection is the gray picture itself, as one more channel of the head. A head of zeros
+        # makes the untrained network answer "leave it gray": training starts there, and not from noise.
         self.head = nn.Conv2d(w + 1, out_channels, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -127,59 +166,41 @@ class Colorizer(nn.Module):
     def encode_style(self, style):
         """Style pictures (B, 3 or 2, H, W) of any size -> codes (B, D), one a picture.
 
-        Codes may be stored, averaged and blended: they are plain vectors.
+        Codes are plain vectors: they may be stored, averaged and blended.
         """
         return self.style_encoder(style)
 
+    def restyle(self, x, z, level):
+        """AdaIN number `level` with its code z[:, level]; the plain U-Net passes the features on."""
+        return self.adain[level](x, z[:, level]) if self.config.use_style else x
+
     def colorize(self, gray, z=None):
-        """Colour gray pictures with style codes.
+        """Color gray pictures with style codes.
 
         gray: (B, 1, H, W) in [0, 1], any size; z: (B, D) or (1, D), or one such code for each of the nine
-        AdaIN levels as (B, 9, D), encoder first; None for the plain U-Net.
+        AdaIN layers as (B, 9, D), encoder first; None for the plain U-Net.
         Returns (B, 3, H, W) RGB around [0, 1], not clamped, or (B, 2, H, W) a, b / 110.
         """
-        B, _, H, W = gray.shape
-        if z is not None and z.dim() == 2:
-            z = z[:, None].expand(-1, self.levels, -1)                                # (B, 9, D)
+        H, W = gray.shape[2:]
         gray = reflect_pad(gray, STRIDE)
+        if z is not None and z.dim() == 2:
+            z = z[:, None].expand(-1, self.levels, -1)                                 # (B, 9, D): the same code for all
 
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
             if i:
-                x = F.max_pool2d(x, 2)                                                # (B, ., H/2, W/2)
+                x = F.max_pool2d(x, 2)                                                 # (B, C, H/2, W/2)
             x = self.dropout(self.restyle(block(x), z, i))
             skips.append(x)
-        x = skips.pop()                                                               # (B, 8w, H/16, W/16)
+        x = skips.pop()                                                                # (B, 8w, H/16, W/16)
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder)):
-            x = self.restyle(up(x), z, len(self.encoder) + i)                         # (B, ., 2H, 2W)
-            x = fuse(torch.cat([x, skips.pop()], dim=1))
+            x = self.restyle(up(x), z, len(self.encoder) + i)                          # (B, C, 2H, 2W)
+            x = fuse(torch.cat([x, skips.pop()], dim=1))                               # (B, 2C, ...) -> (B, C, ...)
             x = self.dropout(block(x))
-        out = self.head(torch.cat([x, gray], dim=1))                                  # (B, 3 or 2, H, W)
-        if self.config.color == "rgb":
-            out = gray + out  # learn the colour, not the picture
+        out = self.head(torch.cat([x, gray], dim=1))                                   # (B, 3 or 2, H, W)
+        if self.config.space == "rgb":
+            out = gray + out  # the network learns the color, not the picture
         return out[:, :, :H, :W]
 
-    def restyle(self, x, z, level):
-        """Normalise features with the code of this level; the plain U-Net passes them on."""
-        return self.adain[level](x, z[:, level]) if self.config.style else x
-
     def forward(self, gray, style=None):
-        return self.colorize(gray, self.encode_style(style) if self.config.style else None)
-
-
-def start_as_authors(model, part):
-    """Give an untrained network initial weights of the authors' program, to see what they do to the style codes.
-
-    part: "scales": AdaIN's scales start at 1 + (1 + .02 n) z, n normal: nearly the same for all channels of a layer,
-    its shifts at .02 n z; "encoder": the style encoder starts as torch makes it; "both"; "ours": all stays.
-    Returns the model.
-    """
-    if part in ("scales", "both"):
-        for layer in model.adain:
-            scale, shift = layer.affine.weight.data.chunk(2)                          # 2 x (C, D)
-            scale.normal_(1, .02)
-            shift.normal_(0, .02)
-    if part in ("encoder", "both"):
-        for conv in model.style_encoder.convs:
-            conv.reset_parameters()
-    return model
+        return self.colorize(gray, self.encode_style(style) if self.config.use_style else None)
