@@ -9,7 +9,7 @@ can say to the network: two numbers a channel.
 
 See it normalize (the deviation of each channel becomes 1):
 
-    python -c "import torch, adain; print(adain.AdaIN(4, 8)(torch.rand(1, 4, 9, 9), torch.zeros(1, 8)).std(correction=0))"
+    python -c "import torch, adain; print(adain.AdaIN(4, 8)(torch.rand(1, 4, 9, 9), torch.zeros(1, 8)).std((2, 3)))"
 """
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ from torch import nn
 def normalize(x, eps):
     """(x - mu) / sigma for each channel of each picture: (B, C, H, W) -> (B, C, H, W).
 
-    Batch normalization takes mu and sigma over all pictures of a batch. Of a batch that is seen as one picture
-    with B*C channels it computes exactly what we need, three times as fast as the formula written out.
+    Batch normalization takes mu and sigma over all pictures of a batch. Of a batch that is seen as one
+    picture with B*C channels it computes exactly this, three times as fast as the formula written out.
     """
     B, C, H, W = x.shape
-    x = torch.batch_norm(x.reshape(1, B * C, H, W), weight=None, bias=None, running_mean=None, running_var=None,
-                         training=True, momentum=0., eps=eps, cudnn_enabled=False)   # (1, B*C, H, W)
+    x = x.reshape(1, B * C, H, W)
+    x = torch.batch_norm(x, weight=None, bias=None, running_mean=None, running_var=None, training=True,
+                         momentum=0., eps=eps, cudnn_enabled=False)             # (1, B*C, H, W)
     return x.view(B, C, H, W)
 
 
@@ -49,6 +50,6 @@ class AdaIN(nn.Module):
     def forward(self, x, z):
         # Half precision loses the variance of large maps, so this layer always computes in float32.
         with torch.autocast(x.device.type, enabled=False):
-            y = self.affine(z.float())[:, :, None, None]                               # (B, 2C, 1, 1)
-            scale, shift = y.chunk(2, dim=1)                                           # y_s, y_b: (B, C, 1, 1)
-            return scale * normalize(x.float(), self.eps) + shift                      # equation (1)
+            y = self.affine(z.float())[:, :, None, None]                        # (B, 2C, 1, 1)
+            scale, shift = y.chunk(2, dim=1)                                    # y_s, y_b: (B, C, 1, 1)
+            return scale * normalize(x.float(), self.eps) + shift               # equation (1)

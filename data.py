@@ -69,14 +69,14 @@ def lab_curve(t):
 def rgb_to_lab(rgb):
     """sRGB (B, 3, H, W) in [0, 1] -> L, a, b (B, 3, H, W)."""
     fx, fy, fz = lab_curve(apply_matrix(RGB_TO_XYZ / WHITE[:, None], srgb_to_linear(rgb))).unbind(1)
-    return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)      # (B, 3, H, W)
+    return torch.stack([116 * fy - 16, 500 * (fx - fy), 200 * (fy - fz)], dim=1)  # (B, 3, H, W)
 
 
 def lab_to_linear(lab):
     """L, a, b (B, 3, H, W) -> linear RGB (B, 3, H, W), the light that a screen would have to send."""
     L, a, b = lab.unbind(1)
     fy = (L + 16) / 116
-    f = torch.stack([fy + a / 500, fy, fy - b / 200], dim=1)                          # (B, 3, H, W)
+    f = torch.stack([fy + a / 500, fy, fy - b / 200], dim=1)                    # (B, 3, H, W)
     xyz = torch.where(f > .2068966, f.clamp(min=.2068966) ** 3, (f - 16 / 116) / 7.787)
     return apply_matrix(np.linalg.inv(RGB_TO_XYZ) * WHITE, xyz)
 
@@ -97,10 +97,10 @@ def lab_to_gamut(lab):
     channel is inside [0, 1]. t = 1 is the color itself, t = 0 the gray.
     """
     rgb = lab_to_linear(lab)
-    gray = apply_matrix(RGB_TO_XYZ[1:2], rgb).clamp(0, 1)                             # (B, 1, H, W)
+    gray = apply_matrix(RGB_TO_XYZ[1:2], rgb).clamp(0, 1)                       # (B, 1, H, W)
     room = torch.where(rgb > gray, 1 - gray, gray)  # from the gray to the border of [0, 1], in each channel
-    wish = (rgb - gray).abs().clamp(min=1e-6)       # from the gray to the color
-    t = (room / wish).amin(dim=1, keepdim=True).clamp(max=1)                          # (B, 1, H, W)
+    wish = (rgb - gray).abs().clamp(min=1e-6)                                   # from the gray to the color
+    t = (room / wish).amin(dim=1, keepdim=True).clamp(max=1)                    # (B, 1, H, W)
     return linear_to_srgb(gray + t * (rgb - gray)).clamp(0, 1)
 
 
@@ -140,7 +140,7 @@ def rotate_hue(rgb, angle):
     One gray photo then has many right answers. To know which one is meant, a network must look at the style.
     """
     L, a, b = rgb_to_lab(rgb).unbind(1)
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]                 # (B, 1, 1)
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]           # (B, 1, 1)
     return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
 
 
@@ -152,9 +152,9 @@ def sliced_wasserstein(ab, other, n, turn=0.):
     done along n evenly spaced directions, turned by `turn` of their spacing, and the mean is taken.
     """
     angle = (torch.arange(n, device=ab.device) + turn) * (math.pi / n)
-    along = torch.stack([angle.cos(), angle.sin()])                                   # (2, n)
+    along = torch.stack([angle.cos(), angle.sin()])                             # (2, n)
     a, b = (torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values for x in (ab, other))
-    return (a - b).abs().mean((1, 2))                                                 # (B, n, HW) -> (B,)
+    return (a - b).abs().mean((1, 2))                                           # (B, n, HW) -> (B,)
 
 
 # ---- files -> pictures ------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def sliced_wasserstein(ab, other, n, turn=0.):
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"}  # Pillow reads none
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
-MIN_CHROMA = 4.0           # mean chroma under which a picture counts as gray
-LARGE = 16_000_000         # pixels from which only one picture is decoded at a time, to bound the memory
+MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
+LARGE = 16_000_000              # pixels from which only one picture is decoded at a time, to bound the memory
 one_large = threading.Lock()
 
 # EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when any other tag of the file is broken.)
@@ -171,7 +171,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2         # Pillow refuses above twice this; above it, it only warns,
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this; above it, it only warns,
 warnings.filterwarnings("ignore", module="PIL")  # as it does of every odd EXIF tag
 
 
@@ -181,10 +181,8 @@ def open_picture(path, at_least=None):
     at_least: decode a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 whose sides are not below this: much faster.
     Returns a PIL picture of mode RGB. Raises UserError, naming the file, for anything that cannot be read.
     """
-    if not os.path.exists(path):
-        raise UserError(f"{printable(path)}: no such file")
     if not os.path.isfile(path):  # a folder, or a pipe that would wait for ever
-        raise UserError(f"{printable(path)}: not a file")
+        raise UserError("not a file" if os.path.exists(path) else "no such file", path)
     try:
         with Image.open(path) as file:
             if at_least:
@@ -196,25 +194,25 @@ def open_picture(path, at_least=None):
                 except Exception:  # broken EXIF is common, and no reason to refuse the pixels
                     turn = None
                 return to_rgb(file.transpose(turn) if turn is not None else file)
-    except Image.DecompressionBombError:
-        why = f"more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller first"
-    except PermissionError:
-        why = "no permission to read it"
-    except Image.UnidentifiedImageError:
-        why = "not a picture format that Pillow knows" if os.path.getsize(path) else "the file is empty"
-        if Path(path).suffix.lower() in CONVERT_FIRST:
-            why = "this format cannot be read; convert it to JPEG first"
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
-        why = first_line(error)
-    raise UserError(f"{printable(path)}: cannot be read ({why})")
+        known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; make it smaller first",
+                 Image.UnidentifiedImageError: "not a picture format that Pillow knows",
+                 PermissionError: "no permission to read it"}
+        why = known.get(type(error)) or first_line(error)
+        if Path(path).suffix.lower() in CONVERT_FIRST:
+            why = "this format is not supported; convert it to JPEG first"
+        if not os.path.getsize(path):
+            why = "the file is empty"
+        raise UserError(f"cannot be read ({why})", path) from None
 
 
 def to_rgb(picture):
-    """A PIL picture of any mode -> mode RGB."""
+    """A PIL picture of any mode -> mode RGB; what is transparent becomes white."""
     if picture.mode == "F" or picture.mode.startswith("I"):
         # Pillow would cut these off at 255. 16-bit pictures have values to 65535, float ones usually to 1.
         x = np.nan_to_num(np.asarray(picture).astype(np.float32))
-        top = 1 if picture.mode == "F" and x.max() <= 1 else 255 if x.max() <= 255 and picture.mode in "FI" else 65535
+        top = 65535 if x.max() > 255 or picture.mode not in "FI" else 255
+        top = 1 if picture.mode == "F" and x.max() <= 1 else top
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -225,24 +223,24 @@ def to_rgb(picture):
 
 def to_tensor(picture):
     """PIL RGB picture -> uint8 (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()          # (3, H, W)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()    # (3, H, W)
 
 
 def to_picture(rgb):
-    """(3, H, W) in [0, 1] -> PIL RGB picture. Rounded and clamped: uint8(x * 256) would turn white into black."""
+    """(3, H, W) in [0, 1] -> PIL RGB picture. Rounded and clamped: uint8(x * 256) would turn white to black."""
     x = (rgb.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())                          # (H, W, 3)
+    return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())                    # (H, W, 3)
 
 
 def resize_short_side(picture, size):
-    """Scale a PIL picture until its short side is `size`; its shape is kept, the long side is at most 4 x size.
+    """Scale a PIL picture so that its short side is `size`; its shape is kept.
 
-    Returns (1, 3, h, w) in [0, 1].
+    Returns (1, 3, h, w) in [0, 1]. (The long side is at most 4 x size: a very long strip is squashed.)
     """
     W, H = picture.size
     w, h = (min(4 * size, max(1, round(side * size / min(W, H)))) for side in (W, H))
     small = picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
-    return to_tensor(small)[None] / 255                                               # (1, 3, h, w)
+    return to_tensor(small)[None] / 255                                         # (1, 3, h, w)
 
 
 def crop_square(picture, size, rng=None):
@@ -328,7 +326,7 @@ def find_data(source, train_size, val_size, seed):
         return list(range(n)), list(range(10_000, 10_000 + min(val_size, 500)))
     folder = Path(source or imagenette())
     if not os.path.isdir(folder):
-        raise UserError(f"--data {printable(folder)}: is no folder; give a folder of pictures or the word synthetic")
+        raise UserError("is no folder; --data takes a folder of pictures or the word synthetic", folder)
     rng = np.random.default_rng(seed)
     split = os.path.isdir(folder / "train") and os.path.isdir(folder / "val")
     train = list_pictures(folder / "train" if split else folder)
@@ -342,8 +340,8 @@ def find_data(source, train_size, val_size, seed):
     train, val = drop_gray_and_broken(train, train_size), drop_gray_and_broken(val, val_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
-            raise UserError(f"--data {printable(folder / name if split else folder)}: needs {'one' if split else 'two'} "
-                            f"readable pictures in color at least ({' '.join(sorted(EXTENSIONS))})")
+            raise UserError(f"holds too few readable pictures in color, {'one' if split else 'two'} at least are needed "
+                            f"({' '.join(sorted(EXTENSIONS))})", folder / name if split else folder)
     return train, val
 
 
@@ -354,7 +352,7 @@ class Photos(Dataset):
     the moment of a restart change nothing.
     Returns photo (3, S, S) uint8, style (3, S, S) uint8 and the hue angle, 0 for "as it is".
     style_from: "same" - the style is the photo itself (the paper's implicit training); "crop" - another
-    random crop of it, turned by a random multiple of 90 degrees; "other" - another picture of the set (section 3.2).
+    random crop of it, turned by a random multiple of 90 degrees; "other" - another picture (section 3.2).
     """
 
     def __init__(self, pictures, size, seed, train, hue_rotation=0., style_from="same"):
@@ -365,13 +363,13 @@ class Photos(Dataset):
         return len(self.pictures)
 
     def load(self, index):
-        """Picture number `index`. For one that has vanished or broken since the start, the next one is taken."""
+        """Picture number `index`; for one that has vanished or broken since the start, the next one."""
         for i in range(index, index + 10):
             picture = self.pictures[i % len(self)]
             if isinstance(picture, int):
                 return draw_scene(picture)
             try:
-                return open_picture(picture, at_least=self.size * 5 // 4)  # crop_square may enlarge by that much
+                return open_picture(picture, at_least=self.size * 5 // 4)  # crop_square may take 80 %
             except UserError as error:
                 print(f"{error}; the next picture is taken", file=sys.stderr)
         raise UserError("ten pictures in a row could not be read; is the --data folder still there?")
@@ -380,7 +378,7 @@ class Photos(Dataset):
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index]) if self.train else None
         picture = self.load(index)
-        photo = to_tensor(crop_square(picture, self.size, rng))                       # (3, S, S)
+        photo = to_tensor(crop_square(picture, self.size, rng))                 # (3, S, S)
         style, angle = photo, 0.
         if self.train:
             if self.style_from == "crop":
@@ -395,7 +393,7 @@ class Photos(Dataset):
 
 
 class Batches:
-    """Endless lists of (epoch, index), every `every`th from batch number `start` on: DataLoader's batch_sampler.
+    """DataLoader's batch_sampler: endless lists of (epoch, index), every `every`th from number `start` on.
 
     Every epoch is a new shuffle made from (seed, epoch). They follow each other without a gap, so all batches
     are full, also for a set that is smaller than one batch.
@@ -426,7 +424,7 @@ def draw_scene(number, width=192, height=160):
     rng = np.random.default_rng([7, number])
     colors = int(rng.integers(2, 5))
     hue, chroma = rng.uniform(0, 2 * math.pi, colors), rng.uniform(25, 70, colors)
-    palette = np.stack([chroma * np.cos(hue), chroma * np.sin(hue)], axis=1)          # (colors, 2)
+    palette = np.stack([chroma * np.cos(hue), chroma * np.sin(hue)], axis=1)    # (colors, 2)
 
     # A picture of shape numbers first: 0 the sky, 1 the ground, then polygons, ellipses and rectangles.
     labels = Image.new("I", (width, height), 0)
@@ -441,14 +439,14 @@ def draw_scene(number, width=192, height=160):
             pen.polygon(corners, fill=shape)
         else:
             (pen.ellipse if kind == 1 else pen.rectangle)([x - w, y - h, x + w, y + h], fill=shape)
-    labels = np.asarray(labels)                                                       # (H, W)
+    labels = np.asarray(labels)                                                 # (H, W)
 
     # Then a lightness, with waves and a little noise, and a color for each shape.
     y, x = np.mgrid[:height, :width] / height
     waves = 8 * np.sin(rng.uniform(3, 12) * (x * rng.normal() + y * rng.normal()) + rng.uniform(0, 6))
     L = rng.uniform(30, 80, shapes)[labels] + waves + rng.normal(0, 1.5, labels.shape)  # (H, W)
-    ab = palette[rng.integers(colors, size=shapes)][labels]                           # (H, W, 2)
-    lab = torch.from_numpy(np.dstack([L, ab]).astype(np.float32)).permute(2, 0, 1)    # (3, H, W)
+    ab = palette[rng.integers(colors, size=shapes)][labels]                     # (H, W, 2)
+    lab = torch.from_numpy(np.dstack([L, ab]).astype(np.float32)).permute(2, 0, 1)  # (3, H, W)
     return to_picture(lab_to_gamut(lab[None])[0])
 
 
@@ -459,9 +457,9 @@ IMAGENETTE_SHA256 = "64d0c4859f35a461889e0147755a999a48b49bf38a7e0f9bd27003f10db
 
 
 def download(url, path, sha256, cure):
-    """Fetch url into the file `path`, with progress; only a file with the right SHA-256 (or its start) is kept.
+    """Fetch url into the file `path`, with progress. Only a file with the right SHA-256 is kept.
 
-    Raises UserError that ends in `cure`.
+    sha256: the hash, or its first digits. Raises UserError that ends in `cure`.
     """
     socket.setdefaulttimeout(60)  # of seconds without a byte; torch sets none, and would wait for ever
     try:
@@ -481,15 +479,14 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     if target.is_dir():
         return target
     if not archive.exists():
-        download(url, archive, sha256, "run again, or use --data DIR or --data synthetic, which need no network")
+        download(url, archive, sha256, "run again; --data DIR and --data synthetic need no network")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(scratch, filter="data")  # nothing can land, or link, outside of scratch
             os.replace(Path(scratch, target.name), target)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"{printable(archive)}: cannot be unpacked ({first_line(error)}); "
-                            "delete it and run again") from None
+            raise UserError(f"cannot be unpacked ({first_line(error)}); delete it and run again", archive) from None
     return target
 
 
@@ -500,9 +497,9 @@ def load_torch_file(path):
     """
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch never compresses; a compressed file may hold terabytes
+            with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type for entry in archive.infolist()):
-                    raise ValueError
+                    raise ValueError  # torch never compresses; a compressed file may hold terabytes
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a torn zip, a foreign pickle, a picture
         raise ValueError("not a file of torch") from None
@@ -511,7 +508,11 @@ def load_torch_file(path):
 # ---- messages and saving ----------------------------------------------------------------------------------
 
 class UserError(Exception):
-    """A mistake that a person can mend. The programs print it as one line and exit; a traceback means a bug."""
+    """A mistake that a person can mend, and the file it is about. The programs print it as one line and exit
+    with code 1; a traceback means a bug."""
+
+    def __init__(self, text, path=None):
+        super().__init__(text if path is None else f"{printable(path)}: {text}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -550,8 +551,8 @@ def save_atomically(path, write):
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError, SystemError) as error:  # Pillow's encoders raise any of these
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        raise UserError(f"{printable(path)}: cannot be written ({first_line(error)}); "
-                        f"{'free some space or ' if full else ''}choose another --output") from None
+        cure = "free some space or choose another --output" if full else "choose another --output"
+        raise UserError(f"cannot be written ({first_line(error)}); {cure}", path) from None
     finally:
         with contextlib.suppress(OSError):  # gone already when all went well
             part.unlink()
@@ -562,7 +563,7 @@ def run(main):
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # a name may hold what the terminal cannot print
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot print
     try:
         code = main()
         sys.stdout.flush()  # or a full disk behind `>` would be found only after the end
@@ -576,7 +577,7 @@ def run(main):
         code = "the memory is full: choose a smaller --size or --batch-size, or a smaller picture"
     except OSError as error:
         code = f"{printable(error.filename or 'output')}: {first_line(error)}"
-        if error.filename is None:  # stdout is full, or its reader has left as `| head` does: write no more to it
+        if error.filename is None:  # stdout is full, or its reader has left as `| head` does: no more of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 1 if isinstance(error, BrokenPipeError) else code
     sys.exit(f"{Path(sys.argv[0]).name}: {code}" if isinstance(code, str) else code)

@@ -37,8 +37,8 @@ from model import Colorizer, ModelConfig
 
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED = WEIGHTS / "colorizer.pt"
-REFINE_STEPS = 10       # more steps take more of the palette, and begin to paint washes into the sky
+SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
+REFINE_STEPS = 10                # more steps take more of the palette, and begin to paint washes into the sky
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # of the formats
 
@@ -58,31 +58,29 @@ def pick_device(name):
 def load_checkpoint(path):
     """Read a checkpoint of train.py: a dictionary of tensors and plain values. Raises UserError.
 
-    A file may come from anywhere. Everything that is used here is checked before anything is built, and no
-    value of the file is printed. Format 1 had other names for two settings.
+    A file may come from anywhere. So everything that is used is checked before anything is built from it,
+    and no value of the file is ever printed. Format 1 had other names for two settings.
     """
-    path = Path(path)
     if not os.path.isfile(path):
-        raise UserError(f"{printable(path)}: no such checkpoint")
+        raise UserError("no such checkpoint", path)
     try:
         checkpoint = load_torch_file(path)
         version, size = checkpoint["format"], checkpoint["settings"]["size"]
         config, weights = dict(checkpoint["model"]), dict(checkpoint["weights"])
     except Exception:  # whatever it is, the cure is the same
-        raise UserError(f"{printable(path)}: not a checkpoint of this program, or a damaged one; train.py writes "
-                        "them as last.pt and best.pt") from None
+        raise UserError("not a checkpoint of this program, or a damaged one; train.py writes best.pt and last.pt",
+                        path) from None
     if type(version) is not int or version not in (1, FORMAT):
-        raise UserError(f"{printable(path)}: checkpoint of another format than {FORMAT}; update the program")
+        raise UserError(f"is not of checkpoint format {FORMAT}; update the program", path)
+    if version == 1:
+        config = {{"color": "space", "style": "use_style"}.get(k, k): v for k, v in config.items()}
     try:
-        if version == 1:
-            config = {{"color": "space", "style": "use_style"}.get(k, k): v for k, v in config.items()}
         config = ModelConfig.from_file(config)
-        if type(size) is not int or not 16 <= size <= 1024:
+        if type(size) is not int or not 16 <= size <= 1024:  # a huge one would take all memory
             raise ValueError("size must be from 16 to 1024")
         check_weights(weights, config)
-    except Exception as error:
-        why = error if isinstance(error, ValueError) else "damaged settings"
-        raise UserError(f"{printable(path)}: not a network of this program ({why})") from None
+    except ValueError as error:
+        raise UserError(f"not a network of this program ({error})", path) from None
     return checkpoint | {"model": asdict(config), "weights": weights}
 
 
@@ -94,18 +92,18 @@ def check_weights(weights, config):
         e, w = expected.get(name), weights.get(name)
         if e is None or w is None:
             raise ValueError(f"{'unknown' if e is None else 'missing'} weight {str(name)[:60]!a}")
-        if type(w) is not torch.Tensor or w.layout != torch.strided or w.is_quantized or w.device.type != "cpu" \
-                or w.shape != e.shape or w.is_floating_point() != e.is_floating_point():
+        plain = type(w) is torch.Tensor and w.layout == torch.strided and w.device.type == "cpu"
+        if not plain or w.dtype not in (e.dtype, torch.float16) or w.shape != e.shape:
             raise ValueError(f"weight {name} is of another shape or type")
         if not w.isfinite().all():
             raise ValueError(f"weight {name} holds nan or inf: its training had failed")
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint file -> (the network in evaluation mode, its weights frozen; the size it was trained at)."""
+    """A checkpoint file -> (the network, ready to use and its weights frozen; the size it was trained at)."""
     checkpoint = load_checkpoint(path)
     model = Colorizer(ModelConfig(**checkpoint["model"]))
-    model.load_state_dict(checkpoint["weights"])  # shipped files are in half precision; this makes them float32
+    model.load_state_dict(checkpoint["weights"])  # shipped files hold half precision; here it becomes float32
     return model.to(device).eval().requires_grad_(False), checkpoint["settings"]["size"]
 
 
@@ -138,25 +136,26 @@ def join(photo, ab):
     # Transposed convolutions can leave a checkerboard of single pixels, which enlarging would turn into dots.
     # The filter [1 2 1] / 4 in both directions, as two passes of [1 1] / 2, removes just that frequency.
     ab = F.pad(ab, (1, 1, 1, 1), mode="replicate")
-    ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)                     # (1, 2, h, w)
-    planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                      # 2 x (h, w), mode F
+    ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)               # (1, 2, h, w)
+    planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                # 2 x (h, w), mode F
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", (W, H))
     columns = min(W, TILE_PIXELS)
     rows = max(1, TILE_PIXELS // columns)
     for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
         right, bottom = min(x + columns, W), min(y + rows, H)
-        tile = to_tensor(photo.crop((x, y, right, bottom)))[None] / 255               # (1, 3, rows, columns)
-        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)                   # the same place in the planes
-        large = [np.array(p.resize((right - x, bottom - y), Image.Resampling.BICUBIC, box=box)) for p in planes]
+        tile = to_tensor(photo.crop((x, y, right, bottom)))[None] / 255         # (1, 3, rows, columns)
+        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)             # the same place in the planes
+        size = right - x, bottom - y
+        large = [np.array(plane.resize(size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
         lab = torch.cat([rgb_to_lab(tile)[:, :1], torch.from_numpy(np.stack(large))[None]], dim=1)
         result.paste(to_picture(lab_to_gamut(lab)[0]), (x, y))
     return result
 
 
 def colorize_photo(model, photo, z, size, strength=1.):
-    """Color a PIL photo of any size with the code z; of a color photo only the L is used. Returns a PIL picture."""
-    gray = gray_of(resize_short_side(photo, size))                                    # (1, 1, h, w)
+    """A PIL photo of any size and a code z -> PIL picture. Of a color photo only the L is used."""
+    gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
     return join(photo, predict(model, gray, z, strength)[:, 1:])
 
 
@@ -166,17 +165,17 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     """Fit the code of a style to one photo by a few steps of Adam on the code alone: (1, D) -> (1, 9, D).
 
     gray (1, 1, h, w), style (1, 3, h', w'): small pictures in [0, 1]. The style encoder has never seen the
-    photo, so its code may bring only half of the style's colors to it. Here we look at the result: its palette
-    is compared with the style's by the distance that training uses, and the code, now one for each AdaIN
-    layer, moves downhill. The weights stay as they are. (GAN inversion fits codes to pictures in the same way.)
+    photo, so its code may bring only half of the style's colors to it. Here we look at the result: its
+    palette is compared with the style's, and the code, now one for each AdaIN layer, moves to where the
+    distance falls. The weights stay as they are. (GAN inversion fits codes to pictures in the same way.)
     0 steps return z.
     """
     if not steps:
         return z
     gray, space = gray.to(z.device), model.config.space
     wanted = rgb_to_lab(style.to(z.device))[:, 1:]
-    wanted = F.interpolate(wanted, gray.shape[2:])                                    # as many pixels as the photo has
-    z = z[:, None].repeat(1, model.levels, 1)                                         # (1, 9, D)
+    wanted = F.interpolate(wanted, gray.shape[2:])                           # as many pixels as the photo has
+    z = z[:, None].repeat(1, model.levels, 1)                                   # (1, 9, D)
     unit = z.abs().mean()  # of a step: codes of one network may be a hundred times as large as another's
     change = torch.zeros_like(z, requires_grad=True)
     adam = torch.optim.Adam([change], lr=.03)
@@ -220,7 +219,7 @@ def sheet(model, photos, styles, codes, size, strength=1.):
 def histograms(codes, names):
     """Figures 5 and 7: one histogram for each code (N, D), all on the same axis. Returns a PIL picture."""
     top = max(codes.abs().max().item(), 1e-6)
-    counts = torch.stack([torch.histc(z, 40, -top, top) for z in codes])              # (N, 40)
+    counts = torch.stack([torch.histc(z, 40, -top, top) for z in codes])        # (N, 40)
     page = Image.new("RGB", (420, 110 * len(names)), "white")
     pen = ImageDraw.Draw(page)
     for row, (name, bars) in enumerate(zip(names, counts)):
@@ -238,10 +237,10 @@ def draw_curves(rows, colors):
 
     rows: dictionaries, as csv.DictReader gives them; colors: {name of a column: color of its line}.
     """
-    curves = {name: [(float(row["step"]), math.log10(float(row[name]))) for row in rows if float(row.get(name) or 0) > 0]
-              for name in colors}
-    points = [point for curve in curves.values() for point in curve] or [(1, 0)]
-    right, low, high = max(x for x, _ in points), min(y for _, y in points) - .02, max(y for _, y in points) + .02
+    curves = {name: [(float(row["step"]), math.log10(float(row[name])))
+                     for row in rows if float(row.get(name) or 0) > 0] for name in colors}
+    xs, ys = zip(*itertools.chain(*curves.values()), *[(1, 0)] * (not any(curves.values())))
+    right, low, high = max(xs), min(ys) - .02, max(ys) + .02
     page = Image.new("RGB", (640, 400), "white")
     pen = ImageDraw.Draw(page)
 
@@ -271,32 +270,31 @@ def parse(argv):
     add("pictures", nargs="+", metavar="PHOTO... STYLE", help="files or folders; the last one is the style")
     add("--styles", nargs="+", default=[], metavar="FILE", help="more style pictures or folders")
     add("--output", default=".", help="a file, or a folder for PHOTO_STYLE.png (default: here)")
-    add("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint, or `paper` (default: the improved one)")
+    add("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint, or the word paper (default: ours)")
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the network's own small picture, not joined with the photo")
-    add("--grid", action="store_true", help="one sheet as in figure 8, of centre squares: a row a photo (gray, in "
-                                            "its own colors if it has any, then a column a style)")
+    add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, in "
+                                            "its own colors if it has any), then a column a style")
     add("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
     add("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
     add("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
-        help="fit the code to each photo; 0 takes it as it is, several times faster (default: %(default)s)")
-    add("--latents", action="store_true", help="all pictures are styles: print statistics of their codes and "
-                                               "draw histograms, as in figures 5 and 7")
+        help="steps that fit the code to each photo; 0 takes it as it is, and is faster (default: %(default)s)")
+    add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     if args.blend:
         try:
             args.blend = [float(w) for w in args.blend.split(",")]
         except ValueError:
-            args.blend = [math.nan]
+            args.blend = [0.]
     for wrong, text in [
             (not args.latents and len(args.pictures) + len(args.styles) < 2,
-             "a style picture is missing: name a photo and then a style, as in  python infer.py gray.jpg style.jpg"),
+             "a style picture is missing: name a photo, then a style, as in  python infer.py gray.jpg style.jpg"),
             (args.grid and (args.raw or args.latents), "--grid does not go together with --raw or --latents"),
             (args.size and not 16 <= args.size <= 4096, "--size must be from 16 to 4096"),
             (not 0 <= args.strength <= 10, "--strength must be from 0 to 10"),
             (not 0 <= args.refine <= 1000, "--refine must be from 0 to 1000"),
-            (args.blend and not (all(abs(w) < 1e6 for w in args.blend) and abs(sum(args.blend)) > 1e-6),
+            (args.blend and not (max(map(abs, args.blend)) < 1e6 and abs(sum(args.blend)) > 1e-6),
              "--blend takes numbers with commas between them that do not add up to 0, as in 2,1")]:
         if wrong:
             parser.error(text)
@@ -304,20 +302,21 @@ def parse(argv):
 
 
 class Files:
-    """The files of one call: what could not be read, and where results go. An input is never overwritten."""
+    """The files of one call: which of them could not be read, and where results go."""
 
     def __init__(self, output, inputs, wanted):
-        self.folder, self.inputs, self.wanted = Path(output), {os.path.realpath(p) for p in inputs}, wanted
-        self.taken, self.failures, self.started = set(), 0, time.monotonic()
-        self.one = self.folder.suffix != "" and not os.path.isdir(output) and not str(output).endswith("/")
+        self.output, self.wanted, self.taken, self.failures = Path(output), wanted, set(), 0
+        self.inputs, self.started = {os.path.realpath(path) for path in inputs}, time.monotonic()
+        # A name with an ending is a file, unless it is a folder already.
+        self.one = self.output.suffix != "" and not os.path.isdir(output) and not str(output).endswith("/")
         if self.one and wanted > 1:
-            raise UserError(f"--output {printable(output)}: {wanted} pictures do not fit into one file; name a folder")
-        if self.one and self.folder.suffix.lower() not in EXTENSIONS:
-            raise UserError(f"--output {printable(output)}: unknown picture format ({' '.join(sorted(EXTENSIONS))}); "
-                            "a folder that is not there yet must end in /")
+            raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
+        if self.one and self.output.suffix.lower() not in EXTENSIONS:
+            raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new folder "
+                            "must end in /", output)
 
     def open(self, paths):
-        """(path, picture) of those that can be read; each of the others gets its line and counts as a failure."""
+        """(path, picture) of those that can be read; any other gets a line and counts as a failure."""
         for path in paths:
             try:
                 yield path, open_picture(path)
@@ -326,17 +325,16 @@ class Files:
                 self.failures += 1
 
     def save(self, picture, name):
-        """Save as --output, or as `name`.png in that folder. Raises UserError."""
-        path = self.folder if self.one else self.folder / f"{name}.png"
-        for n in itertools.count(2):  # a/x.jpg and b/x.jpg would both become x_style.png
-            if path not in self.taken:
-                break
-            path = self.folder / f"{name}_{n}.png"
+        """Save as --output, or as `name`.png in that folder; never over an input. Raises UserError."""
+        path = self.output if self.one else self.output / f"{name}.png"
+        numbers = itertools.count(2)
+        while path in self.taken:  # a/x.jpg and b/x.jpg would both become x_style.png
+            path = self.output / f"{name}_{next(numbers)}.png"
         if os.path.realpath(path) in self.inputs:
-            raise UserError(f"{printable(path)}: is one of the inputs, and stays; choose another --output")
+            raise UserError("is one of the inputs, and stays; choose another --output", path)
         limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
         if max(picture.size) > limit:
-            raise UserError(f"{printable(path)}: this format holds at most {limit} pixels a side; choose .png")
+            raise UserError(f"this format holds at most {limit} pixels a side; choose .png", path)
         save_atomically(path, lambda part: picture.save(part, quality=95, subsampling="4:4:4"))
         self.taken.add(path)
         print(printable(path))
@@ -346,56 +344,55 @@ class Files:
 
 
 def find_pictures(arguments):
-    """Files and folders -> files. A folder without pictures stays as it is: opening it will say so."""
-    found = [list_pictures(a) or [Path(a)] if os.path.isdir(a) else [Path(a)] for a in arguments]
-    return list(itertools.chain.from_iterable(found))
+    """Files and folders -> files. A folder without pictures stands for itself, and opening it will fail."""
+    found = [os.path.isdir(a) and list_pictures(a) or [Path(a)] for a in arguments]
+    return list(itertools.chain(*found))
 
 
-def style_codes(model, photo, styles, args):
+def style_codes(model, small, styles, args):
     """The codes for a small photo (1, 3, h, w), one after the other: one a style, or the blend of all."""
-    gray = gray_of(photo)
-    fitted = (refine(model, gray, small, z, args.refine) for _, small, z in styles)
-    if args.blend:
-        yield sum(w * z for w, z in zip(args.blend, fitted)) / sum(args.blend)
-    else:
-        yield from fitted
+    gray = gray_of(small)                                                       # (1, 1, h, w)
+    codes = (refine(model, gray, style, z, args.refine) for _, style, z in styles)
+    # Codes are plain vectors: their weighted mean is a code as well.
+    yield from [sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)] if args.blend else codes
 
 
 def color_pairs(model, photos, styles, files, size, args):
     """Every photo with every style, or with their blend."""
     names = ["blend"] if args.blend else [name for name, *_ in styles]
     for path, photo in files.open(photos):
-        small = resize_short_side(photo, size)                                        # (1, 3, h, w)
+        small = resize_short_side(photo, size)                                  # (1, 3, h, w)
         for name, z in zip(names, style_codes(model, small, styles, args)):
-            lab = predict(model, gray_of(small), z, args.strength)                    # (1, 3, h, w)
+            lab = predict(model, gray_of(small), z, args.strength)              # (1, 3, h, w)
             result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab[:, 1:])
             files.save(result, f"{path.stem}_{name}")
 
 
 def color_grid(model, photos, styles, files, size, args):
-    """One sheet: photos down, styles across; the photos' own colors come first if any photo has some."""
+    """One sheet: photos down, styles across. The photos' own colors come first, if any photo has some."""
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
 
     def codes(photo):
-        small = to_tensor(photo)[None] / 255                                          # (1, 3, size, size)
+        small = to_tensor(photo)[None] / 255                                    # (1, 3, size, size)
         if own:
             yield refine(model, gray_of(small), small, encode(model, small), args.refine)
         yield from style_codes(model, small, styles, args)
 
     if pictures:
-        first_row = [None] * own + ([None] if args.blend else [to_picture(small[0]) for _, small, _ in styles])
-        files.save(sheet(model, pictures, first_row, codes, size, args.strength), "grid")
+        shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]
+        files.save(sheet(model, pictures, [None] * own + shown, codes, size, args.strength), "grid")
 
 
 def show_codes(styles, files):
     """The numbers in the codes of all styles, as a table and as histograms."""
     codes = torch.cat([z for *_, z in styles]).cpu()                            # (N, D)
-    print(f"Each style is a code of {codes.shape[1]} numbers; these are their smallest, mean, largest, and deviation:")
+    print(f"Each style is a code of {codes.shape[1]} numbers. Their smallest, mean, largest, and deviation:")
     for (name, *_), z in zip(styles, codes):
-        print(f"{printable(name):40s} {z.min():8.3f} {z.mean():8.3f} {z.max():8.3f} {z.std(correction=0):9.3f}")
+        numbers = z.min(), z.mean(), z.max(), z.std(correction=0)
+        print(f"{printable(name):40s}", *(f"{number:9.3f}" for number in numbers))
     if len(styles) > 1:
-        spread = codes.std(0, correction=0)                                           # (D,)
+        spread = codes.std(0, correction=0)                                     # (D,)
         print(f"spread over styles: {spread.mean():.4f}, the mean deviation of a number from style to style; "
               f"{(spread > .01).sum()} of {len(spread)} numbers move by more than .01")
     files.save(histograms(codes, [name for name, *_ in styles]), "latents")
@@ -403,37 +400,36 @@ def show_codes(styles, files):
 
 def main(argv=None):
     args = parse(argv)
-    # With --styles, a single picture is the photo; with --latents there is no photo.
+    # The last picture is the style; but with --styles a single one is the photo, and --latents has no photo.
     n = 0 if args.latents else max(1, len(args.pictures) - 1)
     photos, style_paths = find_pictures(args.pictures[:n]), find_pictures(args.pictures[n:] + args.styles)
-    if n > 1 and not any(map(os.path.isdir, args.pictures[:n])):
-        print(f"infer.py: {n} photos and the style {printable(args.pictures[n])}; more styles go behind --styles",
-              file=sys.stderr)
+    if n > 1 and not any(map(os.path.isdir, args.pictures)):
+        print(f"infer.py: {n} photos, and {printable(args.pictures[n])} as their style; more styles go behind "
+              "--styles", file=sys.stderr)
     if args.blend and len(args.blend) != len(style_paths):
-        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; "
-                        "more styles go behind --styles")
-    weights = WEIGHTS / "paper.pt" if args.weights == "paper" else args.weights
+        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles go "
+                        "behind --styles")
+    weights = PAPER if args.weights == "paper" else args.weights
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
     files = Files(args.output, [*photos, *style_paths, weights], wanted)
-    model, size = load_model(weights, pick_device(args.device))
-    size = args.size or size
+    model, trained_size = load_model(weights, pick_device(args.device))
     if not model.config.use_style:
-        raise UserError(f"{printable(weights)}: a plain U-Net without style encoder; it cannot follow a style picture")
+        raise UserError("a plain U-Net without style encoder; it cannot follow a style picture", weights)
+    size = args.size or trained_size
 
-    styles = []  # (name, small picture, code): a style is read and encoded once, for all photos
+    styles = []  # (name, small picture (1, 3, h, w), code (1, D)): read and encoded once, for all photos
     for path, picture in files.open(style_paths):
-        small = resize_short_side(picture, size)                                      # (1, 3, h, w)
+        small = resize_short_side(picture, size)
         styles.append((path.stem, small, encode(model, small)))
         if len(style_paths) == 1 and mean_chroma(picture) < 1 and not args.latents:
-            print(f"infer.py: {printable(path)} is gray, and so will be the result; the style comes last", file=sys.stderr)
+            print(f"infer.py: {printable(path)} is gray, and so will be the result; the style comes last",
+                  file=sys.stderr)
     if not styles or (args.blend and files.failures):
         return 1
     if args.latents:
         show_codes(styles, files)
-    elif args.grid:
-        color_grid(model, photos, styles, files, size, args)
     else:
-        color_pairs(model, photos, styles, files, size, args)
+        (color_grid if args.grid else color_pairs)(model, photos, styles, files, size, args)
     return min(files.failures, 1)
 
 

@@ -5,7 +5,7 @@
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", looks at
 both pictures, and the distance is taken between what it sees. Pictures are RGB in [0, 1] in this whole file.
 
-    python -c "import torch, losses as l; print(l.LPIPS('alex', l.make_trunk('alex'))(*torch.rand(2, 1, 3, 64, 64)))"
+    python -c "import torch, losses as L; print(L.LPIPS('alex', L.make_trunk('alex'))(*torch.rand(2, 1, 3, 64, 64)))"
 """
 import os
 from pathlib import Path
@@ -28,7 +28,7 @@ TRUNKS = {
 }
 TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose output is compared
 URLS = {"vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # 8 digits of the SHA-256 in the name
+        "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # names hold 8 digits of SHA-256
 FEATURES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # a file of the convolutions alone
 LINEAR_WEIGHTS = Path(__file__).parent / "weights" / "lpips_linear.pt"
 
@@ -56,8 +56,8 @@ def trunk_file(net):
             if folder and os.path.isfile(Path(folder, candidate)):
                 return Path(folder, candidate)
     download(URLS[net], cache / name, name.split("-")[-1][:8],
-             f"fetch it on another machine and put it into {printable(cache)} or the folder $COLORIZER_WEIGHTS, "
-             "or name it with --lpips-weights FILE; --lpips 0 trains without")
+             f"fetch it on another machine and put it into {printable(cache)} or $COLORIZER_WEIGHTS, or name it "
+             "with --lpips-weights FILE; --lpips 0 trains without")
     return cache / name
 
 
@@ -69,14 +69,14 @@ def load_trunk(net, path=""):
     """
     path = path or trunk_file(net)
     if not os.path.isfile(path):
-        raise UserError(f"--lpips-weights {printable(path)}: no such file")
+        raise UserError("no such file for --lpips-weights", path)
     trunk = make_trunk(net)
     try:
         state = load_torch_file(path)
         state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
         trunk.load_state_dict(state)
     except Exception:  # not a torch file, not a dict, other keys or other shapes: one cure for all
-        raise UserError(f"{printable(path)}: does not hold the {net} weights; fetch {URLS[net]}") from None
+        raise UserError(f"does not hold the {net} weights; fetch {URLS[net]}", path) from None
     return trunk
 
 
@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
         self.trunk = trunk if trunk is not None else load_trunk(net)
         self.taps = TAPS[net]
         linear = torch.load(LINEAR_WEIGHTS, map_location="cpu", weights_only=True)[net]
-        for i, w in enumerate(linear):                                                # (1, C, 1, 1), all >= 0
+        for i, w in enumerate(linear):                                          # (1, C, 1, 1), all >= 0
             self.register_buffer(f"linear{i}", w)
         # The trunk was trained on normalized photos; these constants come with LPIPS and expect [-1, 1].
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188])[None, :, None, None])
@@ -117,8 +117,9 @@ class LPIPS(nn.Module):
                 wanted = self.features(target.float())
             distance = 0
             for i, (a, b) in enumerate(zip(self.features(x.float()), wanted)):
-                distance = distance + F.conv2d((a - b).square(), self.get_buffer(f"linear{i}")).mean((1, 2, 3))
-        return distance                                                               # (B,)
+                linear = self.get_buffer(f"linear{i}")                          # (1, C, 1, 1)
+                distance = distance + F.conv2d((a - b).square(), linear).mean((1, 2, 3))
+        return distance                                                         # (B,)
 
 
 # ---- training losses --------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def palette_loss(out, rgb, space, turn=0.):
     are means of 2x2, so that the network gains nothing by mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
-    wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                             # (B, 2, H/2, W/2)
+    wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                       # (B, 2, H/2, W/2)
     return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, turn).mean()
 
 
@@ -160,20 +161,21 @@ def pair_loss(ab, lab, pixels=384):
     ab: the output's a, b (B, 2, H, W) under any style; lab: the photo's true L, a, b (B, 3, H, W). No truth
     exists for a foreign style, but what had one color in the photo should have one color now. To color by
     lightness alone would be a cheap way to that; so pixels of equal lightness and different true color
-    stand in the denominator. Of all pairs among some random pixels; pictures with too few of them are left out.
+    stand in the denominator. All pairs of some random pixels; pictures with too few pairs are left out.
     """
     i = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
 
     def distances(x):
-        x = x.flatten(2)[:, :, i]                                                     # (B, C, N)
-        return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()     # (B, N, N)
+        x = x.flatten(2)[:, :, i]                                               # (B, C, N)
+        return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()  # (B, N, N)
 
-    true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)      # noise is no color of its own
-    same = torch.exp(-(distances(true) / 5).square())                                 # (B, N, N), 1 = the same color
+    true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # without the grain
+    same = torch.exp(-(distances(true) / 5).square())                          # (B, N, N), 1 = the same color
     apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
     d = distances(ab)
-    ratio = (same * d).sum((1, 2)) / same.sum((1, 2)) / ((apart * d).sum((1, 2)) / (apart.sum((1, 2)) + 1e-6) + 1)
-    enough = (apart.mean((1, 2)) > .002).float()                                      # (B,)
+    near, far = ((w * d).sum((1, 2)) / (w.sum((1, 2)) + 1e-6) for w in (same, apart))   # (B,), (B,)
+    ratio = near / (far + 1)
+    enough = (apart.mean((1, 2)) > .002).float()                                # (B,)
     return (ratio.clamp(max=2) * enough).sum() / enough.sum().clamp(min=1)
 
 

@@ -34,8 +34,8 @@ def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
 @dataclass
 class ModelConfig:
     """All that is needed to build the network again; every checkpoint holds it as a plain dictionary."""
-    space: str = setting("rgb", "what the network makes: rgb, or a and b beside the photo's own L", ("rgb", "lab"))
-    width: int = setting(16, "channels of the first stage; 64 before the paper made the network scarce", (), 1, 256)
+    space: str = setting("rgb", "what the network makes: rgb, or a and b beside the photo's L", ("rgb", "lab"))
+    width: int = setting(16, "channels of the first stage; 64 before the paper's \"scarcity\"", (), 1, 256)
     latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", (), 1, 4096)
     dropout: float = setting(.2, "share of features set to 0 after every block, in training only", (), 0, .95)
     use_style: bool = setting(True, "style encoder and AdaIN; without them it is the plain U-Net of table 1")
@@ -61,8 +61,8 @@ class ModelConfig:
     def from_file(cls, values):
         """Settings from a dictionary that a file held. Raises ValueError that names what is wrong with it.
 
-        A setting that the file lacks is newer than the file and gets its default. One that this program does not
-        know is refused, unless it is False: a switch that was off changes nothing.
+        A setting that the file lacks is newer than the file and gets its default. One that this program does
+        not know is refused, unless it is False: a switch that was off changes nothing.
         """
         known = {f.name for f in fields(cls)}
         for name, value in values.items():
@@ -112,17 +112,17 @@ class StyleEncoder(nn.Module):
     def __init__(self, channels, latent, sigmoid=False):
         super().__init__()
         widths = [channels, 64, 128, 256, 512, latent]
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in zip(widths, widths[1:]))
         self.sigmoid = sigmoid
         for conv in self.convs:
-            # torch's default weights make the signal 2.4 times smaller in each layer: all codes would start alike.
+            # torch's default weights make the signal 2.4 times smaller in each layer: codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 
     def forward(self, x):
         for conv in self.convs[:-1]:
-            x = F.relu(conv(x), inplace=True)                                          # (B, 512, H/16, W/16) at last
-        z = self.convs[-1](x).mean(dim=(2, 3))                                         # (B, D), global average pooling
+            x = F.relu(conv(x), inplace=True)                                   # (B, 512, H/16, W/16) at last
+        z = self.convs[-1](x).mean(dim=(2, 3))                                # (B, D), global average pooling
         return torch.sigmoid(z) if self.sigmoid else z
 
 
@@ -135,16 +135,16 @@ class Colorizer(nn.Module):
         super().__init__()
         self.config = c = config or ModelConfig()
         w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
-        down = [w, 2 * w, 4 * w, 8 * w, 8 * w]     # channels of the five encoder stages
-        up = [8 * w, 4 * w, 2 * w, w]              # of the four decoder stages, at their beginning
-        narrow = [4 * w, 2 * w, w, w]              # and at their end
-        self.levels = len(down) + len(up)          # nine AdaIN layers
+        down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
+        up = [8 * w, 4 * w, 2 * w, w]                         # of the four decoder stages, at their beginning
+        narrow = [4 * w, 2 * w, w, w]                                           # and at their end
+        self.levels = len(down) + len(up)                                       # nine AdaIN layers
 
-        # Encoder. The two deepest stages, whose maps are small and cheap, hold four convolutions, the others two.
+        # Encoder. The two deepest stages, whose maps are small and cheap, have four convolutions, the others 2.
         self.encoder = nn.ModuleList(
             conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
         # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
-        # convolution, and applies three 3x3 convolutions of which the first narrows to the next stage's width.
+        # convolution, and applies three 3x3 convolutions. The first of these narrows to the next stage's width.
         # A 4x4 transposed convolution of stride 2 computes the four pixels of each 2x2 block with different
         # weights, so it can leave a checkerboard; the paper has it, and infer.py filters it out.
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in up)
@@ -155,10 +155,10 @@ class Colorizer(nn.Module):
         if c.use_style:
             self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid)
             self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in down + up)
-        # Dropout is made here, once, and so train() and eval() switch it; made in forward() it would always be on.
+        # Dropout is made here, so that train() and eval() switch it; made in forward() it would always be on.
         self.dropout = nn.Dropout(c.dropout)
-        # The fifth skip connection is the gray picture itself, as one more channel of the head. A head of zeros
-        # makes the untrained network answer "leave it gray": training starts there, and not from noise.
+        # The fifth skip connection is the gray picture itself, as one more channel of the head. A head of
+        # zeros makes the untrained network answer "leave it gray": training starts there, not from noise.
         self.head = nn.Conv2d(w + 1, out_channels, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -184,20 +184,20 @@ class Colorizer(nn.Module):
         H, W = gray.shape[2:]
         gray = reflect_pad(gray, STRIDE)
         if z is not None and z.dim() == 2:
-            z = z[:, None].expand(-1, self.levels, -1)                                 # (B, 9, D): the same code for all
+            z = z[:, None].expand(-1, self.levels, -1)                      # (B, 9, D): the same code for all
 
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
             if i:
-                x = F.max_pool2d(x, 2)                                                 # (B, C, H/2, W/2)
+                x = F.max_pool2d(x, 2)                                          # (B, C, H/2, W/2)
             x = self.dropout(self.restyle(block(x), z, i))
             skips.append(x)
-        x = skips.pop()                                                                # (B, 8w, H/16, W/16)
+        x = skips.pop()                                                         # (B, 8w, H/16, W/16)
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder)):
-            x = self.restyle(up(x), z, len(self.encoder) + i)                          # (B, C, 2H, 2W)
-            x = fuse(torch.cat([x, skips.pop()], dim=1))                               # (B, 2C, ...) -> (B, C, ...)
+            x = self.restyle(up(x), z, len(self.encoder) + i)                   # (B, C, 2H, 2W)
+            x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
             x = self.dropout(block(x))
-        out = self.head(torch.cat([x, gray], dim=1))                                   # (B, 3 or 2, H, W)
+        out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)
         if self.config.space == "rgb":
             out = gray + out  # the network learns the color, not the picture
         return out[:, :, :H, :W]

@@ -9,9 +9,10 @@
 
     photo, style --(hue)--> gray --model(gray, style)--> out --color_loss--> backward, step
 
-Read `train_step` first: it is all of the learning. `train` is the loop around it. A run's folder (--output)
-holds last.pt, best.pt, log.csv, loss.png and samples/. Every random number is a function of (seed, step) or
-(seed, epoch, picture), so a resumed run goes on exactly as if it had never stopped.
+Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again,
+the rest is settings, a folder for the results, and care. A run's folder (--output) holds last.pt, best.pt,
+log.csv, loss.png and samples/. Every random number is a function of (seed, step) or of (seed, epoch, picture):
+so a resumed run needs no saved random state, and goes on exactly as if it had never stopped.
 """
 import contextlib
 import csv
@@ -27,7 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
-from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet  # first: says which package is missing
+from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet  # says what is not installed
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -42,95 +43,98 @@ try:
 except ImportError:  # Windows has no such module, and so no lock
     fcntl = None
 
-# ---- settings ---------------------------------------------------------------------------------------------
 
+# ---- settings ---------------------------------------------------------------------------------------------
 
 @dataclass
 class Settings(ModelConfig):
-    """All settings of a run: the network's (model.py) and these. The defaults are the final model of table 3."""
-    data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded into data/")
+    """All settings of a run: the network's (model.py) and these. The defaults are the paper's table 3."""
+    data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded")
     output: str = setting("", "the run's folder (runs/PRESET)")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "another seed gives another run; the same seed gives the same run")
     # how long
-    epochs: int = setting(32, "passes over the training pictures; ignored where --steps or --minutes is given", (), 1)
+    epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", (), 1)
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # what it sees
     size: int = setting(128, "side of the square crops, a multiple of 16", (), 32, 1024)
-    batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out, and double --accumulate", (), 1)
-    accumulate: int = setting(1, "forward passes a step: batch 4 x accumulate 4 learns about as batch 16", (), 1)
+    batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", (), 1)
+    accumulate: int = setting(1, "forward passes a step: batch 8 x accumulate 2 learns about as batch 16", (), 1)
     train_size: int = setting(50_000, "at most so many training pictures, 0: all")
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
-    workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures; changes only the speed")
-    hue_rotation: float = setting(0., "share of pictures whose colors are turned by a random angle, style and all", (), 0, 1)
-    style_from: str = setting("same", "the style is the photo itself, another crop of it, turned, or another photo",
+    workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed only")
+    hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", (), 0, 1)
+    style_from: str = setting("same", "the style: the photo itself, another crop of it, turned, or another photo",
                               ("same", "crop", "other"))
     # the loss (losses.py)
     mse: float = setting(1., "weight of the mean squared error")
     lpips: float = setting(1., "weight of LPIPS, 0: not even loaded")
-    lpips_net: str = setting("vgg", "LPIPS trunk; alex is many times cheaper, and what the paper's authors ran", ("vgg", "alex"))
-    lpips_weights: str = setting("", "file with the trunk's weights, else $COLORIZER_WEIGHTS, torch's cache, a download")
-    palette: float = setting(0., "weight of the distance between the palettes of output and photo; not in the paper")
-    pair: float = setting(0., "weight of the loss that keeps one thing in one color; not in the paper")
-    style_loss: str = setting("none", "section 3.2: one sum of both losses, or an optimizer each", ("none", "combined", "dual"))
+    lpips_net: str = setting("vgg", "trunk of LPIPS; alex is cheaper, and what the authors ran", ("vgg", "alex"))
+    lpips_weights: str = setting("", "file with the trunk's weights; else looked for, else downloaded")
+    palette: float = setting(0., "weight of the distance between the palettes of output and photo")
+    pair: float = setting(0., "weight of the loss that keeps one thing in one color")
+    style_loss: str = setting("none", "section 3.2: a loss on the codes, added or with an optimizer of its own",
+                              ("none", "combined", "dual"))
     alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", (), 0, 1)
     # the optimizer
-    lr: float = setting(1e-4, "Adam's learning rate; higher learns faster until the loss becomes nan")
+    lr: float = setting(1e-4, "Adam's learning rate; higher learns faster, until the loss becomes nan")
     weight_decay: float = setting(0., "decoupled weight decay (AdamW); 0 is plain Adam")
     warmup: int = setting(0, "steps over which the learning rate rises to --lr")
-    schedule: str = setting("constant", "constant as in the paper, or down to 0 along a cosine", ("constant", "cosine"))
+    schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
     # running
-    val_every: int = setting(500, "steps between validations, each writes last.pt; with --minutes ten times a run at least", (), 1)
+    val_every: int = setting(500, "steps between validations; with --minutes there are about ten at least", (), 1)
     init: str = setting("", "checkpoint whose weights to start from, with a new optimizer: fine-tuning")
-    amp: bool = setting(False, "autocast to half precision: faster on CUDA and recent CPUs")
+    amp: bool = setting(False, "compute in bfloat16 where it does no harm: faster on recent GPUs and CPUs")
 
     def check(self):
         """Raise ValueError, naming the setting, for values that cannot be used; returns self."""
         super().check()
         for wrong, text in [
                 (self.size % 16, "size must be a multiple of 16"),
-                (not self.mse + self.lpips + self.palette, "mse, --lpips and --palette are all 0: nothing to learn"),
-                (not self.use_style and (self.style_loss != "none" or self.pair),
-                 "style-loss and --pair need a style encoder")]:
+                (not self.mse + self.lpips + self.palette, "mse, --lpips and --palette are 0: nothing to learn"),
+                (not self.use_style and self.style_loss != "none", "style_loss needs a style encoder"),
+                (not self.use_style and self.pair, "pair needs a style encoder")]:
             if wrong:
                 raise ValueError(text)
         return self
 
 
+# A preset is a few defaults changed.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
-    "final": {},                                                                       # table 3, the default
-    "unet": dict(UNREDUCED, use_style=False, train_size=2000, val_size=200, epochs=231, weight_decay=.01),  # table 1
-    "collapsed": dict(UNREDUCED),                                                      # table 2
-    "combined": dict(UNREDUCED, style_from="other", style_loss="combined"),            # section 3.2, solution 1
-    "dual": dict(UNREDUCED, style_from="other", style_loss="dual"),                    # section 3.2, solution 2
-    "lab": dict(space="lab"),                                                          # table 4
-    "lpips-only": dict(mse=0.),                                                        # appendix A.1.1
-    # Not in the paper: LAB made to work. Hues are turned, so color cannot be guessed from the gray photo; the
-    # palette loss works against the pale averages that MSE asks for; turned crops as styles against learning
-    # where things were; the pair loss against two colors on one wall. Found by short trials.
-    "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="crop", lpips=.05, lpips_net="alex",
-                 palette=2., pair=.2, dropout=0., lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
+    "final": {},                                                                # table 3, the default
+    "unet": dict(UNREDUCED, use_style=False, train_size=2000, val_size=200, epochs=231, weight_decay=.01),
+    "collapsed": dict(UNREDUCED),                                               # table 2 (unet: table 1)
+    "combined": dict(UNREDUCED, style_from="other", style_loss="combined"),     # section 3.2, solution 1
+    "dual": dict(UNREDUCED, style_from="other", style_loss="dual"),             # section 3.2, solution 2
+    "lab": dict(space="lab"),                                                   # table 4
+    "lpips-only": dict(mse=0.),                                                 # appendix A.1.1
+    # Not in the paper: LAB made to work. Hues are turned, so color cannot be guessed from the gray photo. The
+    # palette loss works against the pale averages that MSE asks for, turned crops as styles against learning
+    # where things were, the pair loss against two colors on one wall. Found by short trials.
+    "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="crop", lpips=.05, palette=2.,
+                 lpips_net="alex", pair=.2, dropout=0., lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }
-CURVES = {"train_loss": "steelblue", "val_loss": "darkorange", "color_loss": "seagreen", "style_loss": "crimson"}
 
 
 def parse(argv):
-    """Command line -> (preset or None, explicitly given settings, resume?, dry run?). Options are Settings' fields."""
+    """Command line -> (preset or None, explicitly given settings, resume?, dry run?).
+
+    The options are the fields of Settings. Exits with code 2 and one line for a mistake.
+    """
     parser = Parser(prog="train.py", description="Train the colorizer.", usage="python train.py [options]")
-    parser.add_argument("--preset", choices=PRESETS,
-                        help="; ".join(f"{k}: {' '.join(f'{a}={b}' for a, b in v.items()) or 'the defaults below'}"
-                                       for k, v in PRESETS.items()))
-    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --output; without one, start anew")
-    parser.add_argument("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
+    add = parser.add_argument
+    changes = {k: " ".join(f"{a}={b}" for a, b in v.items()) for k, v in PRESETS.items()}
+    add("--preset", choices=PRESETS, help="; ".join(f"{k}: {v or 'the defaults'}" for k, v in changes.items()))
+    add("--resume", action="store_true", help="go on from last.pt in --output; without one, start anew")
+    add("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
     for f in fields(Settings):
         kind = {"action": BooleanOptionalAction} if f.type is bool else \
                {"type": f.type, "choices": f.metadata["choices"] or None}
-        shown = "none" if f.default == "" else f.default
-        parser.add_argument("--" + f.name.replace("_", "-"), default=SUPPRESS,
-                            help=f"{f.metadata['help']} [{shown}]".replace("%", "%%"), **kind)
+        text = f"{f.metadata['help']} [{'none' if f.default == '' else f.default}]"
+        add("--" + f.name.replace("_", "-"), default=SUPPRESS, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     preset, resume, dry_run = given.pop("preset"), given.pop("resume"), given.pop("dry_run")
     try:
@@ -144,24 +148,26 @@ def parse(argv):
 # ---- learning ---------------------------------------------------------------------------------------------
 
 class Recipe:
-    """The settings and the frozen networks that turn a batch into losses; the same for training and validation."""
+    """The settings and the frozen networks that turn a batch into losses, in training and in validation."""
 
     def __init__(self, s, device):
         self.s, self.device = s, device
         self.loss_weights = {"mse": s.mse, "lpips": s.lpips, "palette": s.palette}
-        self.lpips = LPIPS(s.lpips_net, load_trunk(s.lpips_net, s.lpips_weights)).to(device) if s.lpips else None
-        if self.lpips and device.type != "mps":  # faster for convolutions alone; on MPS it has given wrong gradients
-            self.lpips.to(memory_format=torch.channels_last)
-        # bfloat16 has float32's range, so gradients do not vanish in it, as they would in float16.
+        self.lpips = None
+        if s.lpips:
+            self.lpips = LPIPS(s.lpips_net, load_trunk(s.lpips_net, s.lpips_weights)).to(device)
+            if device.type != "mps":  # this layout is faster; on MPS it has given wrong gradients
+                self.lpips.to(memory_format=torch.channels_last)
+        # bfloat16 has the range of float32: small gradients do not vanish in it, as they do in float16.
         self.autocast = torch.autocast(device.type, torch.bfloat16) if s.amp else contextlib.nullcontext()
 
     def prepare(self, batch):
-        """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S) in [0, 1] on the device."""
+        """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
         photo, style, angle = (t.to(self.device, non_blocking=True) for t in batch)
         same = self.s.style_from == "same"
-        rgb = photo.float() / 255
+        rgb = photo.float() / 255                                               # (B, 3, S, S)
         style = rgb if same else style.float() / 255
-        if self.s.hue_rotation:
+        if self.s.hue_rotation:  # photo and style turn together, the gray input stays
             turned = rotate_hue(rgb, angle)
             style = turned if same else rotate_hue(style, angle)
             rgb = turned
@@ -177,17 +183,17 @@ class Recipe:
         # restore the photo teaches the style encoder what to put into z.
         with self.autocast:
             z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
-            out = model.colorize(gray, z).float()                                     # (B, 3 or 2, S, S)
+            out = model.colorize(gray, z).float()                               # (B, 3 or 2, S, S)
         color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, turn)
         losses = {"train_loss": color}
 
         # Ours: half of the batch again, in the colors of the next picture. There is no truth to compare with;
-        # but one thing should keep one color, and the palette should be the other picture's.
+        # but one thing should keep one color, and the palette should be the next picture's.
         if s.pair:
             half = -(-len(gray) // 2)
             with self.autocast:
-                other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()     # (B/2, 3 or 2, S, S)
-            ab = network_to_lab(other, gray[:half], s.space)[:, 1:]                   # (B/2, 2, S, S)
+                other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
+            ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
             palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, turn)
             losses = {"train_loss": color + s.pair * pair + s.palette / 2 * palette, "pair_loss": pair}
@@ -201,10 +207,13 @@ class Recipe:
 
 
 def train_step(model, recipe, optimizers, batches, seeds, processes):
-    """One step of the optimizer on one or more batches (--accumulate) -> the means of the losses, as numbers."""
+    """One step of the optimizer on one or more batches (--accumulate) -> the means of the losses, as numbers.
+
+    batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each.
+    """
     optimizer, values = optimizers[0], {}
 
-    # Forward and backward: the gradients of the batches add up.
+    # Forward and backward: the gradients of the batches add up, then those of the processes.
     optimizer.zero_grad(set_to_none=True)
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
@@ -231,7 +240,7 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
 
 
 def learning_rate(s, step, progress):
-    """At a step, and at a share of the whole run in [0, 1]."""
+    """The rate at a step, and at a share of the whole run in [0, 1]: warm-up, then constant or a cosine."""
     lr = s.lr * min(1, (step + 1) / (s.warmup + 1))
     return lr * (1 + math.cos(math.pi * progress)) / 2 if s.schedule == "cosine" else lr
 
@@ -241,267 +250,70 @@ def validate(model, recipe, batches):
     """Measures over the validation set, as a dictionary of means.
 
     loss, mse, lpips, palette, psnr: each photo with its own colors. transfer: palette transfer with the next
-    picture's colors instead. spread: deviation of the style codes over pictures, mean over dimensions.
+    picture's colors instead (losses.py). spread: deviation of the style codes over pictures, mean over
+    dimensions; near 0, all pictures have the same code.
     """
     s, sums, count, codes, W, W_gray = recipe.s, {}, 0, [], 0, 0
     model.eval()
     for batch in batches:
         gray, rgb, style = recipe.prepare(batch)
         z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
-        out = model.colorize(gray, z)                                                 # (B, 3 or 2, S, S)
+        out = model.colorize(gray, z)                                           # (B, 3 or 2, S, S)
         loss, terms = color_loss(out, gray, rgb, s.space, recipe.loss_weights, recipe.lpips)
-        shown = network_to_rgb(out, gray, s.space).clamp(0, 1)                        # (B, 3, S, S)
+        shown = network_to_rgb(out, gray, s.space).clamp(0, 1)                  # (B, 3, S, S)
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
-            d, d_gray = palette_distances(other, style.roll(1, 0))                    # (B,), (B,)
+            d, d_gray = palette_distances(other, style.roll(1, 0))              # (B,), (B,)
             W, W_gray = W + d.sum().item(), W_gray + d_gray.sum().item()
             codes.append(z)
     model.train()
     result = {name: value / count for name, value in sums.items()}
     if s.use_style:
-        result |= {"transfer": 1 - W / max(W_gray, 1e-6), "spread": torch.cat(codes).std(0, correction=0).mean().item()}
+        result["transfer"] = 1 - W / max(W_gray, 1e-6)
+        result["spread"] = torch.cat(codes).std(0, correction=0).mean().item()
     return result
-
-
-# ---- several processes, and signals -----------------------------------------------------------------------
-
-class Processes:
-    """The processes that torchrun has started. Without torchrun there is one, and nothing here does anything."""
-
-    def __init__(self, device):
-        self.rank, self.world = 0, 1
-        if not dist.is_torchelastic_launched():
-            return
-        if device.type == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-                raise UserError(f"{torch.cuda.device_count()} GPUs for more processes: lower --nproc_per_node")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # gloo for tensors on the CPU, nccl for those on a GPU. The others wait while the first one validates.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        if self.rank:
-            sys.stdout = open(os.devnull, "w")  # all decide alike; the first one tells, validates and writes
-
-    def wait(self):
-        """Until all have come here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def average(self, tensors):
-        """Give each tensor, in place, its mean over all processes.
-
-        (DistributedDataParallel does the same faster, but for one forward pass a step; the pair loss takes two.)
-        """
-        for t in tensors if self.world > 1 else ():
-            dist.all_reduce(t)
-            t /= self.world
-
-    def agree(self, values, stopping, seconds):
-        """Losses, whether to stop, and the clock: the same numbers for all processes, so that they decide alike."""
-        told = torch.tensor([*values.values(), bool(stopping), seconds])
-        self.average([told])
-        *numbers, stopping, seconds = told.tolist()
-        return dict(zip(values, numbers)), stopping > 0, seconds
-
-
-def listen_for_stop(processes):
-    """A list that Ctrl-C and its like fill; the step in hand is finished first. The second Ctrl-C ends at once."""
-    stop = []
-
-    def on_signal(number, _):
-        if stop and processes.world == 1:  # torchrun passes on what has reached us already
-            sys.exit(130)
-        stop.append(number)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup wants us to live on
-            signal.signal(number, on_signal)
-    return stop
-
-
-def start_loader(_):
-    """In a loading process: what the keyboard sends is answered by the main process alone. SIGTERM must end it:
-    Python ends its loaders so when the main process fails, and would wait for ever for one that does not listen."""
-    for name in ("SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
-# ---- a run and its folder ---------------------------------------------------------------------------------
-
-class Run:
-    """A run: its folder, its settings s, how far it has come, its log."""
-
-    def __init__(self, preset, given, resume, dry_run):
-        self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
-        self.preset, self.step, self.before, self.best, self.rows, self.history = preset or "final", 0, 0., math.inf, [], []
-        self.saved, settings = None, {}
-        if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
-            if not resume:
-                raise UserError(f"{printable(self.folder)} already holds a run: add --resume to go on with it, or "
-                                "choose another --output")
-            settings = self.restore(self.folder / "last.pt", preset)
-        # Later ones win: the defaults, the preset, what the interrupted run was started with, the command line.
-        self.s = Settings(**{**PRESETS[self.preset], **settings, **given}).check()
-        changes = [f"{k} {v!r} -> {getattr(self.s, k)!r}" for k, v in settings.items() if v != getattr(self.s, k)]
-        if changes:
-            print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
-            self.history = [*self.history, {"until step": self.step, "settings": settings}]
-        self.folder = self.folder / "dry-run" if dry_run else self.folder
-        self.seconds, self.started, self.sums, self.count = self.before, time.monotonic(), {}, 0
-        self.told, self.told_step = self.started, self.step
-
-    def restore(self, last, preset):
-        """Go back to where last.pt ends -> its settings. Raises UserError for what this program has not written."""
-        saved = self.saved = load_checkpoint(last)
-        try:
-            settings = asdict(Settings.from_file(saved["settings"]))
-            self.preset, self.step, self.before, self.best = (saved[k] for k in ("preset", "step", "seconds", "best"))
-            self.rows, self.history = list(saved["log"]), list(saved.get("history", []))
-            numbers = [self.before, self.best, *itertools.chain.from_iterable(row.values() for row in self.rows)]
-            if self.preset not in PRESETS or not all(type(n) in (int, float) for n in numbers) \
-                    or type(self.step) is not int or self.rows[-1]["pictures"] % self.step:
-                raise ValueError("it is damaged")
-        except Exception as error:
-            why = error if isinstance(error, ValueError) else "it is no run, or a damaged one"
-            raise UserError(f"{printable(last)}: cannot be resumed ({why}); train anew, or from its weights with "
-                            "--init and another --output") from None
-        if preset not in (None, self.preset):
-            raise UserError(f"{printable(last)}: is a run of --preset {self.preset}; leave --preset {preset} away, or "
-                            "choose another --output")
-        return settings
-
-    def lock(self):
-        """Refuse a folder in which another run is at work. The lock ends with this process, whatever ends it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file = open(self.folder / ".lock", "w")
-        try:
-            fcntl and fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{printable(self.folder)}: another train.py is at work here; "
-                            "choose another --output") from None
-        for part in self.folder.glob("**/.part-*"):  # what a killed run was writing
-            part.unlink()
-
-    def clock(self):
-        """Seconds that the run has taken, earlier sessions counted."""
-        return self.before + time.monotonic() - self.started
-
-    def progress(self, limit):
-        """Share of the run that is done, by steps and by time."""
-        return max(self.step / limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
-
-    def diverged(self, what):
-        """The error to raise for numbers that are not finite."""
-        kept = f"last.pt of step {self.rows[-1]['step']} is kept, its weights are finite" if self.rows else "nothing was saved"
-        return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g})"
-                         f"{', no --amp' if self.s.amp else ''} or --clip 1; {kept}")
-
-    def save(self, name, model, optimizers):
-        """Write a checkpoint; one whose weights are not finite is worth nothing and replaces no other."""
-        weights, buffer = model.state_dict(), io.BytesIO()
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise self.diverged("a weight")
-        torch.save({"format": FORMAT, "preset": self.preset, "model": asdict(model.config), "settings": asdict(self.s),
-                    "step": self.step, "seconds": self.clock(), "best": self.best, "log": self.rows,
-                    "history": self.history, "weights": weights, "optimizers": [o.state_dict() for o in optimizers]},
-                   buffer)  # and not into the file: on a full disk torch speaks of zip archives, Python of the disk
-        save_atomically(self.folder / name, lambda part: part.write_bytes(buffer.getbuffer()))
-
-    def tell(self, values, limit, device):
-        """Count a step's losses; once a minute, on a terminal once a second, print how it goes."""
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
-        self.count += 1
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        if now - self.told < (1 if terminal else 60):
-            return
-        rate = (self.step - self.told_step) * self.per_step / (now - self.told)
-        left = self.seconds * (1 / self.progress(limit) - 1)
-        memory = {"cuda": torch.cuda.max_memory_allocated, "mps": torch.mps.driver_allocated_memory}.get(device.type)
-        print(f"\rstep {self.step}  loss {self.sums['train_loss'] / self.count:.4f}  {rate:.1f} images/s  "
-              f"{left / 60:.1f} min left  {f'{memory() / 1e6:.0f} MB on the GPU  ' if memory else ''}",
-              end="" if terminal else "\n", flush=True)
-        self.told, self.told_step = now, self.step
-
-    def write_log(self, lr=None, result=None):
-        """Add a row to log.csv, the means of the losses since the last one and the validation's result; draw loss.png."""
-        if self.count:
-            losses = {name: value / self.count for name, value in self.sums.items()}
-            losses |= {f"val_{name}": value for name, value in result.items()}
-            print(("\n" if sys.stdout.isatty() else "") + f"step {self.step}: "
-                  + "  ".join(f"{name} {value:.4f}" for name, value in losses.items()), flush=True)
-            self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
-                              "seconds": round(self.seconds, 1), "lr": lr, **losses})
-            self.sums, self.count, self.told, self.told_step = {}, 0, time.monotonic(), self.step
-
-        def write(part):
-            with open(part, "w", newline="") as file:
-                table = csv.DictWriter(file, dict.fromkeys(itertools.chain.from_iterable(self.rows)))
-                table.writeheader()
-                table.writerows(self.rows)
-        save_atomically(self.folder / "log.csv", write)
-        save_atomically(self.folder / "loss.png", draw_curves(self.rows, CURVES).save)
 
 
 # ---- the loop ---------------------------------------------------------------------------------------------
 
 def build(run, device):
-    """The network and its optimizers, as a new run has them or as last.pt left them."""
+    """The network and its optimizers, as a new run has them or as last.pt left them. Raises UserError."""
     s, saved = run.s, run.saved
     torch.manual_seed(s.seed)
     model = Colorizer(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)}))
     initial = saved or (load_checkpoint(s.init) if s.init else None)
     if initial:
-        other = {k: v for k, v in initial["model"].items() if v != getattr(s, k) and k not in ("dropout", "padding")}
-        if other:  # those two have no weights and may differ
-            options = [f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (type(v) is not bool)
-                       for k, v in other.items()]
-            raise UserError(f"{printable(s.init or run.folder)}: holds another network; add {' '.join(options)}")
+        # Dropout and padding have no weights: they may differ.
+        same = initial["model"] | {"dropout": s.dropout, "padding": s.padding}
+        needed = [f"--{k.replace('_', '-')} {v}" for k, v in same.items() if v != getattr(s, k)]
+        if needed:
+            raise UserError(f"holds another network; add {' '.join(needed)}", s.init or run.folder)
         model.load_state_dict(initial["weights"])
     model.to(device)
-    # Section 3.2, solution 2: the second one is for the style loss, with a tenth of the learning rate.
+    # Section 3.2, solution 2: the second optimizer is for the style loss, with a tenth of the learning rate.
     optimizers = [torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
                   for _ in range(2 if s.style_loss == "dual" else 1)]
     if saved:
         try:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-                fits = [v.shape in (p.shape, ()) for p, of_p in optimizer.state.items() for v in of_p.values()]
-        except Exception:
-            fits = [False]
-        if not all(fits):
-            raise UserError(f"{printable(run.folder)}: the optimizer in last.pt is damaged; start from the weights "
-                            "with --init and another --output")
+                for p, of_p in optimizer.state.items():
+                    assert all(v.shape in (p.shape, ()) for v in of_p.values())
+        except Exception:  # a file may hold anything
+            raise UserError("the optimizer in it is damaged; use the weights with --init and another --output",
+                            run.folder / "last.pt") from None
     return model.train(), optimizers
 
 
-def sample(model, photos, s):
-    """The strip of figure 8: some validation photos in their own colors and in those of others."""
-    model.eval()
-    pictures = [photos.load(i) for i in range(min(8, len(photos)))]
-    styles = pictures[4:] if s.use_style else []
-
-    def code(picture):
-        return encode(model, resize_short_side(picture, s.size)) if s.use_style else None
-
-    others = [code(p) for p in styles]
-    page = sheet(model, pictures[:4], [None, *styles], lambda photo: [code(photo), *others], s.size)
-    model.train()
-    return page
-
-
 def train(preset, given, resume, dry_run):
-    """Everything around the loop: data, networks, where to go on; then the loop. Returns the exit code."""
+    """All that the loop needs: data, networks, the place to go on from; then the loop. Returns the exit code."""
     run = Run(preset, given, resume, dry_run)
     s, device = run.s, pick_device(run.s.device)
     if s.amp and (device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported(False)):
-        raise UserError("--amp needs bfloat16, which this GPU does not have (MPS: gives black pictures); leave it off")
+        raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
     processes = Processes(device)
     if processes.rank:
         processes.wait()  # what the first process downloads, the others find ready
@@ -511,33 +323,35 @@ def train(preset, given, resume, dry_run):
         processes.wait()
     model, optimizers = build(run, device)
 
-    photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
-    val_photos = Photos(validation, s.size, s.seed, False)
-    passes = s.accumulate * processes.world  # forward passes a step, over all processes
-    run.per_step = s.batch_size * passes     # pictures a step
+    # How long? A step of all processes together sees per_step pictures.
+    passes = s.accumulate * processes.world
+    run.per_step = s.batch_size * passes
+    limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * len(training) / run.per_step))
     if run.rows and run.rows[-1]["pictures"] != run.step * run.per_step:
-        raise UserError(f"{printable(run.folder)}: its steps are of {run.rows[-1]['pictures'] // run.step} pictures, not "
-                        f"{run.per_step}: --batch-size x --accumulate x processes must stay the same")
-    limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * len(photos) / run.per_step))
-    val_keys = [[(0, i) for i in range(a, min(a + 16, len(validation)))] for a in range(0, len(validation), 16)]
-    if dry_run:
-        limit, val_keys = 1, val_keys[:1]
-    print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(photos)} training and "
-          f"{len(validation)} validation pictures, {device}" + (f", from step {run.step}" if run.step else ""))
+        raise UserError(f"its steps are of {run.rows[-1]['pictures'] // run.step} pictures, not {run.per_step}: "
+                        "--batch-size x --accumulate x processes must stay the same", run.folder)
+    print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training "
+          f"and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress(limit) >= 1:
-        print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give it more "
-              "with --steps, --epochs or --minutes")
+        print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give it "
+              "more with --steps, --epochs or --minutes")
         return 0
 
+    # The loaders: endless training batches, and the validation pictures once.
+    photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
+    order = Batches(len(photos), s.batch_size, s.seed, run.step * passes + processes.rank, processes.world)
+    val_photos = Photos(validation, s.size, s.seed, False)
+    val_order = [[(0, i) for i in range(len(validation))[a:a + 16]] for a in range(0, len(validation), 16)]
+    if dry_run:
+        limit, val_order = 1, val_order[:1]
     stop = listen_for_stop(processes)
     if not processes.rank:
         run.lock()
         run.write_log()  # finds out now, and not after an hour, that the folder cannot be written
     loading = dict(num_workers=min(s.workers, os.cpu_count() or 1), worker_init_fn=start_loader,
                    pin_memory=device.type == "cuda")
-    order = Batches(len(photos), s.batch_size, s.seed, run.step * passes + processes.rank, processes.world)
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
-    val_loader = DataLoader(val_photos, batch_sampler=val_keys, **loading)
+    val_loader = DataLoader(val_photos, batch_sampler=val_order, **loading)
     return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, limit)
 
 
@@ -546,44 +360,44 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, li
     s, next_time = run.s, run.seconds + 6 * run.s.minutes
     passes = s.accumulate * processes.world
     while (progress := run.progress(limit)) < 1:
-        # Load. (A loader that was stopped together with us has nothing more to give.)
+        # Load. (Loaders that were stopped together with us have nothing more to give.)
         try:
-            batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]     # gray, rgb, style each
+            batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]  # gray, rgb, style each
         except RuntimeError:
             if not stop:
                 raise
             batches = []
 
-        # Learn. Seeds are functions of the number of the forward pass.
-        for k, optimizer in enumerate(optimizers):
+        # Learn. The seeds are the numbers of the forward passes, over all processes.
+        for optimizer, divisor in zip(optimizers, (1, 10)):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, run.step, progress) / (1, 10)[k]
+                group["lr"] = learning_rate(s, run.step, progress) / divisor
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
         values = train_step(model, recipe, optimizers, batches, seeds, processes) if batches else {}
         run.step += len(batches) > 0
 
-        # Look at the losses; all processes look at the same ones.
+        # Look at the losses. All processes look at the same numbers, so all go the same way from here.
         values, stopping, run.seconds = processes.agree(values, stop, run.clock())
         if not all(map(math.isfinite, values.values())):
             raise run.diverged("the loss")
         if values:
             run.tell(values, limit, recipe.device)
 
-        # Validate and save, every --val-every steps, every tenth of --minutes, and at the end.
+        # Validate and save: every --val-every steps, every tenth of --minutes, and at the end.
         over = run.progress(limit) >= 1
         if over or stopping or run.step % s.val_every == 0 or (s.minutes and run.seconds >= next_time):
             processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
             if not processes.rank:
                 report(run, model, recipe, optimizers, val_loader, stopping)
-            # Validation may take a fifth of the time, no more.
-            next_time = run.seconds + max(6 * s.minutes, 5 * (run.clock() - run.seconds))
+            # Validation may take a sixth of the time, no more.
+            next_time = run.clock() + max(6 * s.minutes, 5 * (run.clock() - run.seconds))
         if stopping:
             print(f"stopped at step {run.step}; --output {printable(run.folder)} --resume goes on from here")
             return 130
     best = printable(run.folder / "best.pt")
     print(f"done: {best}, as in  python infer.py PHOTO STYLE --weights {best}" if s.use_style else
-          f"done: {best}; it follows no style, so infer.py cannot use it: look at {printable(run.folder / 'samples')}")
+          f"done: {best}; infer.py cannot use it, as it follows no style; see {printable(run.folder)}/samples")
     return 0
 
 
@@ -601,25 +415,223 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
     save_atomically(run.folder / "samples" / f"{run.step:07d}.png", page.save)
 
 
+def sample(model, photos, s):
+    """The strip of figure 8: some validation photos in their own colors and in those of others."""
+    def code(picture):
+        return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
+
+    model.eval()
+    pictures = [photos.load(i) for i in range(min(8, len(photos)))]
+    styles = pictures[4:] if s.use_style else []
+    others = [code(style) for style in styles]
+    page = sheet(model, pictures[:4], [None, *styles], lambda photo: [code(photo), *others], s.size)
+    model.train()
+    return page
+
+
+# ---- a run and its folder ---------------------------------------------------------------------------------
+
+class Run:
+    """A run: its folder, its settings s, how far it has come (step, seconds), its best validation, its log."""
+
+    def __init__(self, preset, given, resume, dry_run):
+        self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
+        self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
+        self.rows, self.history, self.saved, before = [], [], None, {}
+        if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
+            if not resume:
+                raise UserError("already holds a run: add --resume to go on with it, or choose another --output",
+                                self.folder)
+            before = self.restore(self.folder / "last.pt", preset)
+        # Later ones win: the defaults, the preset, what the run was started with, the command line.
+        self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
+        changes = [f"{k} {v!r} -> {getattr(self.s, k)!r}" for k, v in before.items() if v != getattr(self.s, k)]
+        if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
+            print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
+            self.history = [*self.history, {"until step": self.step, "settings": before}]
+        self.folder = self.folder / "dry-run" if dry_run else self.folder
+        self.started = time.monotonic() - self.seconds  # earlier sessions count
+        self.sums, self.count, self.told = {}, 0, (time.monotonic(), self.step)
+
+    def restore(self, last, preset):
+        """Go back to where last.pt ends -> its settings. Raises UserError for what is no run of ours."""
+        self.saved = saved = load_checkpoint(last)
+        try:
+            before = asdict(Settings.from_file(saved["settings"]))
+            self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
+            self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
+            numbers = [self.seconds, self.best, *itertools.chain(*(row.values() for row in self.rows))]
+            assert self.preset in PRESETS and all(type(n) in (int, float) for n in numbers)
+            assert type(self.step) is int and self.rows[-1]["pictures"] % self.step == 0
+        except Exception as error:  # a file may hold anything
+            why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
+            raise UserError(f"cannot be resumed ({why}); use its weights with --init and another --output",
+                            last) from None
+        if preset not in (None, self.preset):
+            raise UserError(f"is a run of --preset {self.preset}, not {preset}; choose another --output", last)
+        return before
+
+    def lock(self):
+        """Refuse a folder in which another run is at work. The lock ends with this process, whatever ends it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock_file = open(self.folder / ".lock", "w")
+        try:
+            fcntl and fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another train.py is at work here; choose another --output", self.folder) from None
+        for part in self.folder.glob("**/.part-*"):  # what a killed run was writing
+            part.unlink()
+
+    def clock(self):
+        """Seconds that the run has taken, earlier sessions counted."""
+        return time.monotonic() - self.started
+
+    def progress(self, limit):
+        """Share of the run that is done, by steps or by time, whichever is more."""
+        return max(self.step / limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
+
+    def tell(self, values, limit, device):
+        """Count a step's losses; once a minute, on a terminal once a second, say how it goes."""
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
+        self.count += 1
+        now, (then, step), terminal = time.monotonic(), self.told, sys.stdout.isatty()
+        if now - then < (1 if terminal else 60):
+            return
+        left = self.seconds * (1 / self.progress(limit) - 1) / 60
+        peak = f"  {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" if device.type == "cuda" else ""
+        print(f"\rstep {self.step}  loss {self.sums['train_loss'] / self.count:.4f}  "
+              f"{(self.step - step) * self.per_step / (now - then):.1f} images/s  {left:.1f} min left{peak} ",
+              end="" if terminal else "\n", flush=True)
+        self.told = now, self.step
+
+    def write_log(self, lr=None, result=None):
+        """Add a row to log.csv: the means of the losses since the last row, and the validation. Draw loss.png."""
+        if self.count:
+            losses = {name: value / self.count for name, value in self.sums.items()}
+            losses |= {f"val_{name}": value for name, value in result.items()}
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
+            self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
+                              "seconds": round(self.seconds, 1), "lr": lr, **losses})
+            self.sums, self.count, self.told = {}, 0, (time.monotonic(), self.step)
+
+        def write(part):
+            with open(part, "w", newline="") as file:
+                table = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
+                table.writeheader()
+                table.writerows(self.rows)
+
+        colors = {"train_loss": "steelblue", "val_loss": "darkorange", "color_loss": "green", "style_loss": "red"}
+        save_atomically(self.folder / "log.csv", write)
+        save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
+
+    def save(self, name, model, optimizers):
+        """Write a checkpoint. One whose weights are not finite is worth nothing and replaces no other."""
+        weights = model.state_dict()
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise self.diverged("a weight")
+        # Into memory first. On a full disk Python then says so; torch would speak of zip archives.
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, "preset": self.preset, "model": asdict(model.config), "step": self.step,
+                    "settings": asdict(self.s), "seconds": self.clock(), "best": self.best, "log": self.rows,
+                    "history": self.history, "weights": weights,
+                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
+        save_atomically(self.folder / name, lambda part: part.write_bytes(buffer.getbuffer()))
+
+    def diverged(self, what):
+        """The error to raise for a number that is not finite."""
+        kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite" if self.rows else "nothing is saved"
+        return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g}) or "
+                         f"--clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
+
+
+# ---- several processes, and signals -----------------------------------------------------------------------
+
+class Processes:
+    """The processes that torchrun has started. Without torchrun there is one, and nothing here does anything."""
+
+    def __init__(self, device):
+        self.rank, self.world = 0, 1
+        if not dist.is_torchelastic_launched():
+            return
+        if device.type == "cuda":
+            card, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if card >= cards:
+                raise UserError(f"{cards} GPUs for more processes: lower --nproc_per_node")
+            torch.cuda.set_device(card)
+        # gloo for tensors on the CPU, nccl for those on a GPU. The others wait while the first one validates.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")  # all do the same; the first one tells, validates and writes
+
+    def wait(self):
+        """Until all have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def average(self, tensors):
+        """Give each tensor, in place, its mean over all processes.
+
+        (DistributedDataParallel does it faster, but for one forward pass a step; the pair loss takes two.)
+        """
+        for t in tensors if self.world > 1 else ():
+            dist.all_reduce(t)
+            t /= self.world
+
+    def agree(self, values, stopping, seconds):
+        """Losses, whether to stop, and the clock: the same for all processes, so that they decide alike."""
+        told = torch.tensor([*values.values(), bool(stopping), seconds])
+        self.average([told])
+        *numbers, stopping, seconds = told.tolist()
+        return dict(zip(values, numbers)), stopping > 0, seconds
+
+
+def listen_for_stop(processes):
+    """A list that Ctrl-C and its like fill; the step in hand is finished first. A second one ends at once."""
+    stop = []
+
+    def on_signal(number, _):
+        if stop and processes.world == 1:  # torchrun passes on what has reached us already
+            sys.exit(130)
+        stop.append(number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup wants us to live on
+            signal.signal(number, on_signal)
+    return stop
+
+
+def start_loader(_):
+    """In a loading process: the main process alone answers what the keyboard sends. SIGTERM must be obeyed:
+    with it Python ends the loaders when the main process fails, and then waits for them without a limit."""
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
 def main(argv=None):
     arguments = parse(argv)
     try:
         code = train(*arguments)
     except torch.cuda.OutOfMemoryError:
-        raise UserError("the GPU's memory is full: halve --batch-size and double --accumulate, add --amp, or take "
-                        "--lpips-net alex") from None
+        raise UserError("the GPU's memory is full: halve --batch-size and double --accumulate, add --amp, or "
+                        "take --lpips-net alex") from None
     except RuntimeError as error:
         if "DataLoader worker" in str(error):
-            raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none); --resume "
-                            "goes on from the last checkpoint") from None
-        if not dist.is_initialized() or "gloo" not in str(error) and not isinstance(error, dist.DistBackendError):
+            raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none); "
+                            "--resume goes on from the last checkpoint") from None
+        if not dist.is_initialized() or not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
             raise
         if dist.get_rank():
             sys.exit(1)  # the first process says it
         raise UserError("another process has ended, or has not answered for 30 minutes") from None
     if dist.is_initialized():
-        # All leave together: torchrun ends the others when one leaves with 130, and a process that leaves right
-        # after its last average may crash, as gloo's threads still hold tensors of it.
+        # All leave together: torchrun ends the others when one leaves with 130, and a process that leaves
+        # right after its last average may crash, as gloo's threads still hold tensors of it.
         dist.barrier()
         dist.destroy_process_group()
     return code
