@@ -126,7 +126,9 @@ def rgb_to_network(rgb, space):
 
 def network_to_lab(out, gray, space):
     """The network's answer as L, a, b (B, 3, H, W). gray: (B, 1, H, W), its input."""
-    return rgb_to_lab(out.clamp(0, 1)) if space == "rgb" else torch.cat([lightness(gray), out * AB_SCALE], dim=1)
+    if space == "rgb":
+        return rgb_to_lab(out.clamp(0, 1))
+    return torch.cat([lightness(gray), out * AB_SCALE], dim=1)  # the photo keeps its L
 
 
 def network_to_rgb(out, gray, space):
@@ -167,9 +169,9 @@ LARGE = 16_000_000              # pixels from which only one picture is decoded 
 one_large = threading.Lock()
 
 # EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when any other tag of the file is broken.)
-UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-           8: Image.Transpose.ROTATE_90}
+Turn = Image.Transpose
+UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+           6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this; above it, it only warns,
 warnings.filterwarnings("ignore", module="PIL")  # as it does of every odd EXIF tag
@@ -185,7 +187,7 @@ def open_picture(path, at_least=None):
         raise UserError("not a file" if os.path.exists(path) else "no such file", path)
     try:
         with Image.open(path) as file:
-            if at_least:
+            if at_least:  # only JPEG can; the others ignore it
                 file.draft("RGB", (at_least, at_least))
             with one_large if file.width * file.height > LARGE else contextlib.nullcontext():
                 file.load()
@@ -195,13 +197,13 @@ def open_picture(path, at_least=None):
                     turn = None
                 return to_rgb(file.transpose(turn) if turn is not None else file)
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
-        known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; make it smaller first",
+        known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; scale it down first",
                  Image.UnidentifiedImageError: "not a picture format that Pillow knows",
                  PermissionError: "no permission to read it"}
         why = known.get(type(error)) or first_line(error)
         if Path(path).suffix.lower() in CONVERT_FIRST:
             why = "this format is not supported; convert it to JPEG first"
-        if not os.path.getsize(path):
+        if os.path.isfile(path) and not os.path.getsize(path):
             why = "the file is empty"
         raise UserError(f"cannot be read ({why})", path) from None
 
@@ -227,7 +229,7 @@ def to_tensor(picture):
 
 
 def to_picture(rgb):
-    """(3, H, W) in [0, 1] -> PIL RGB picture. Rounded and clamped: uint8(x * 256) would turn white to black."""
+    """(3, H, W) in [0, 1] -> PIL RGB picture, clamped and rounded: uint8(x * 256) would turn white to black."""
     x = (rgb.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())                    # (H, W, 3)
 
@@ -271,7 +273,7 @@ def list_pictures(folder):
 
     Says on stderr how many pictures of formats that cannot be read were left out.
     """
-    found, seen, other = [], set(), Counter()
+    found, seen, other = [], set(), Counter()  # seen: real folders; other: {ending: how many}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
@@ -294,6 +296,7 @@ def drop_gray_and_broken(paths, limit):
     kept, gray, broken = [], [], []
 
     def look(path):
+        """Where this one belongs, and what to put there."""
         try:
             chroma = mean_chroma(open_picture(path, at_least=32))
         except UserError as error:
@@ -331,7 +334,7 @@ def find_data(source, train_size, val_size, seed):
     split = os.path.isdir(folder / "train") and os.path.isdir(folder / "val")
     train = list_pictures(folder / "train" if split else folder)
     rng.shuffle(train)
-    if split:
+    if split:  # the folder says itself what is for validation
         val = list_pictures(folder / "val")
         rng.shuffle(val)
     else:
@@ -340,7 +343,7 @@ def find_data(source, train_size, val_size, seed):
     train, val = drop_gray_and_broken(train, train_size), drop_gray_and_broken(val, val_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
-            raise UserError(f"holds too few readable pictures in color, {'one' if split else 'two'} at least are needed "
+            raise UserError(f"needs {'one' if split else 'two'} readable pictures in color at least "
                             f"({' '.join(sorted(EXTENSIONS))})", folder / name if split else folder)
     return train, val
 
@@ -403,6 +406,7 @@ class Batches:
         self.n, self.batch_size, self.seed, self.start, self.every = n, batch_size, seed, start, every
 
     def __iter__(self):
+        # at: number of the next picture, counted over all epochs.
         at, epoch, order = self.start * self.batch_size, None, None
         while True:
             batch = []
@@ -426,7 +430,7 @@ def draw_scene(number, width=192, height=160):
     hue, chroma = rng.uniform(0, 2 * math.pi, colors), rng.uniform(25, 70, colors)
     palette = np.stack([chroma * np.cos(hue), chroma * np.sin(hue)], axis=1)    # (colors, 2)
 
-    # A picture of shape numbers first: 0 the sky, 1 the ground, then polygons, ellipses and rectangles.
+    # That is the palette. Now a picture of shape numbers: 0 the sky, 1 the ground, then all kinds of shapes.
     labels = Image.new("I", (width, height), 0)
     pen = ImageDraw.Draw(labels)
     shapes = int(rng.integers(6, 14))
@@ -465,7 +469,8 @@ def download(url, path, sha256, cure):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:  # no network; wrong hash; cut off
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        # No network; a wrong hash; a header that is no number; cut off in the middle.
         raise UserError(f"cannot download {url} ({first_line(error)}): {cure}") from None
 
 
@@ -476,17 +481,19 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     """
     archive = Path(folder, url.rsplit("/", 1)[-1])
     target = archive.with_suffix("")
-    if target.is_dir():
+    if os.path.isdir(target):
         return target
-    if not archive.exists():
+    if not os.path.exists(archive):
         download(url, archive, sha256, "run again; --data DIR and --data synthetic need no network")
+    # Unpacked beside it and then moved: a folder of that name is always complete.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:
             with tarfile.open(archive) as tar:
                 tar.extractall(scratch, filter="data")  # nothing can land, or link, outside of scratch
             os.replace(Path(scratch, target.name), target)
         except (tarfile.TarError, OSError, EOFError) as error:
-            raise UserError(f"cannot be unpacked ({first_line(error)}); delete it and run again", archive) from None
+            why = first_line(error)
+            raise UserError(f"cannot be unpacked ({why}); delete it and run again", archive) from None
     return target
 
 
@@ -519,7 +526,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a typing error gives one line with the nearest option instead of a page of usage."""
 
     def error(self, message):
-        typed = message.rpartition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        typed = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
         near = difflib.get_close_matches(typed, self._option_string_actions, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         self.exit(2, f"{self.prog}: error: {printable(message)}{hint}; --help lists all options\n")
@@ -546,7 +553,7 @@ def save_atomically(path, write):
     part = path.with_name(f".part-{uuid.uuid4().hex}{path.suffix}")
     try:
         os.makedirs(path.parent, exist_ok=True)
-        part.touch(exist_ok=False)
+        part.touch(exist_ok=False)  # fails if somebody has put a file or a link there
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError, SystemError) as error:  # Pillow's encoders raise any of these
@@ -565,16 +572,17 @@ def run(main):
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot print
     try:
-        code = main()
+        try:
+            code = main()
+        except KeyboardInterrupt:
+            code = 130
+        except UserError as error:  # from a loading process it comes with a traceback before it
+            code = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "memory" not in str(error):
+                raise
+            code = "the memory is full: choose a smaller --size or --batch-size, or a smaller picture"
         sys.stdout.flush()  # or a full disk behind `>` would be found only after the end
-    except KeyboardInterrupt:
-        code = 130
-    except UserError as error:
-        code = str(error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        code = "the memory is full: choose a smaller --size or --batch-size, or a smaller picture"
     except OSError as error:
         code = f"{printable(error.filename or 'output')}: {first_line(error)}"
         if error.filename is None:  # stdout is full, or its reader has left as `| head` does: no more of it

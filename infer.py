@@ -47,6 +47,7 @@ MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif
 
 def pick_device(name):
     """"auto", "cpu", "cuda" or "mps" -> torch.device. Raises UserError for one that is not there."""
+    # MPS is Apple's GPU. "auto" takes the first that is there, in this order of speed.
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(d for d in ("cuda", "mps", "cpu") if there[d])
@@ -63,17 +64,19 @@ def load_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise UserError("no such checkpoint", path)
+    # Is it a checkpoint at all?
     try:
         checkpoint = load_torch_file(path)
         version, size = checkpoint["format"], checkpoint["settings"]["size"]
         config, weights = dict(checkpoint["model"]), dict(checkpoint["weights"])
     except Exception:  # whatever it is, the cure is the same
-        raise UserError("not a checkpoint of this program, or a damaged one; train.py writes best.pt and last.pt",
-                        path) from None
+        raise UserError("not a checkpoint of this program, or a damaged one; train.py writes best.pt", path) from None
+    # Of a format that we know?
     if type(version) is not int or version not in (1, FORMAT):
         raise UserError(f"is not of checkpoint format {FORMAT}; update the program", path)
     if version == 1:
         config = {{"color": "space", "style": "use_style"}.get(k, k): v for k, v in config.items()}
+    # Does it describe a network, and are its weights those of that network?
     try:
         config = ModelConfig.from_file(config)
         if type(size) is not int or not 16 <= size <= 1024:  # a huge one would take all memory
@@ -92,6 +95,7 @@ def check_weights(weights, config):
         e, w = expected.get(name), weights.get(name)
         if e is None or w is None:
             raise ValueError(f"{'unknown' if e is None else 'missing'} weight {str(name)[:60]!a}")
+        # A file can also hold sparse, quantized and storage-less tensors; none of them is a weight of ours.
         plain = type(w) is torch.Tensor and w.layout == torch.strided and w.device.type == "cpu"
         if not plain or w.dtype not in (e.dtype, torch.float16) or w.shape != e.shape:
             raise ValueError(f"weight {name} is of another shape or type")
@@ -102,8 +106,9 @@ def check_weights(weights, config):
 def load_model(path, device="cpu"):
     """A checkpoint file -> (the network, ready to use and its weights frozen; the size it was trained at)."""
     checkpoint = load_checkpoint(path)
-    model = Colorizer(ModelConfig(**checkpoint["model"]))
+    model = Colorizer(ModelConfig(**checkpoint["model"]))  # the checkpoint alone says what to build
     model.load_state_dict(checkpoint["weights"])  # shipped files hold half precision; here it becomes float32
+    # eval(): else dropout would go on, and BatchNorm would normalize with the one picture that it gets.
     return model.to(device).eval().requires_grad_(False), checkpoint["settings"]["size"]
 
 
@@ -122,6 +127,7 @@ def predict(model, gray, z, strength=1.):
     z: (1, D), or one code for each AdaIN layer (1, 9, D). strength scales the chroma: 0 gray, 1 as it is.
     """
     gray = gray.to(model.head.weight.device)
+    # Of an RGB answer only a and b will be used: its own lightness is a blurred copy of the photo's.
     lab = network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
     lab[:, 1:] *= strength
     return lab
@@ -137,9 +143,11 @@ def join(photo, ab):
     # The filter [1 2 1] / 4 in both directions, as two passes of [1 1] / 2, removes just that frequency.
     ab = F.pad(ab, (1, 1, 1, 1), mode="replicate")
     ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)               # (1, 2, h, w)
+    # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so a and b become two pictures.
     planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                # 2 x (h, w), mode F
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", (W, H))
+    # A tile is some whole lines of the photo, or a part of a line that is longer than a tile.
     columns = min(W, TILE_PIXELS)
     rows = max(1, TILE_PIXELS // columns)
     for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
@@ -148,6 +156,7 @@ def join(photo, ab):
         box = (x * w / W, y * h / H, right * w / W, bottom * h / H)             # the same place in the planes
         size = right - x, bottom - y
         large = [np.array(plane.resize(size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
+        # The photo's own L, the network's a and b; what no screen can show loses chroma, never lightness.
         lab = torch.cat([rgb_to_lab(tile)[:, :1], torch.from_numpy(np.stack(large))[None]], dim=1)
         result.paste(to_picture(lab_to_gamut(lab)[0]), (x, y))
     return result
@@ -173,17 +182,20 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     if not steps:
         return z
     gray, space = gray.to(z.device), model.config.space
-    wanted = rgb_to_lab(style.to(z.device))[:, 1:]
-    wanted = F.interpolate(wanted, gray.shape[2:])                           # as many pixels as the photo has
+    # The palette to reach, from as many pixels as the photo has: palettes are compared by sorting.
+    wanted = rgb_to_lab(style.to(z.device))[:, 1:]  # (1, 2, h', w')
+    wanted = F.interpolate(wanted, gray.shape[2:])  # (1, 2, h, w)
     z = z[:, None].repeat(1, model.levels, 1)                                   # (1, 9, D)
     unit = z.abs().mean()  # of a step: codes of one network may be a hundred times as large as another's
-    change = torch.zeros_like(z, requires_grad=True)
+    change = torch.zeros_like(z, requires_grad=True)  # the 9 x D numbers that are fitted
     adam = torch.optim.Adam([change], lr=.03)
     for step in range(steps):
+        # What would be shown with this code? Colors that no screen can show do not count.
         ab = network_to_lab(model.colorize(gray, z + unit * change), gray, space)[:, 1:]
         shown = rgb_to_lab(lab_to_gamut(torch.cat([lightness(gray), ab], dim=1)))[:, 1:]
         # Other directions in each step: their spacing times the golden section, so that no two steps agree.
         distance = sliced_wasserstein(shown, wanted, 8, turn=step * .618 % 1).mean()
+        # How does the distance change with the code? The weights are frozen and get no gradient.
         change.grad, = torch.autograd.grad(distance, change)
         adam.step()
     return (z + unit * change).detach()
@@ -203,6 +215,7 @@ def sheet(model, photos, styles, codes, size, strength=1.):
     for an empty cell; codes: a function that gives for a photo's square the codes of its colorings, one a
     style, in their order. Returns a PIL picture.
     """
+    # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos.
     cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
         photo = crop_square(photo, size)
@@ -218,7 +231,7 @@ def sheet(model, photos, styles, codes, size, strength=1.):
 
 def histograms(codes, names):
     """Figures 5 and 7: one histogram for each code (N, D), all on the same axis. Returns a PIL picture."""
-    top = max(codes.abs().max().item(), 1e-6)
+    top = max(codes.abs().max().item(), 1e-6)  # the axis goes from -top to top, in 40 bars
     counts = torch.stack([torch.histc(z, 40, -top, top) for z in codes])        # (N, 40)
     page = Image.new("RGB", (420, 110 * len(names)), "white")
     pen = ImageDraw.Draw(page)
@@ -245,9 +258,10 @@ def draw_curves(rows, colors):
     pen = ImageDraw.Draw(page)
 
     def place(x, y):
+        """A step and a log10 -> the place on the page."""
         return 60 + 560 * x / right, 20 + 350 * (high - y) / (high - low)
 
-    for i in range(5):
+    for i in range(5):  # five lines with their values, five steps
         x, y = right * i / 4, low + (high - low) * i / 4
         pen.line([place(0, y), place(right, y)], fill="gainsboro")
         pen.text((6, place(0, y)[1] - 6), f"{10 ** y:.4g}", fill="gray")
@@ -282,7 +296,7 @@ def parse(argv):
         help="steps that fit the code to each photo; 0 takes it as it is, and is faster (default: %(default)s)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
-    if args.blend:
+    if args.blend:  # "2,1" -> [2., 1.]
         try:
             args.blend = [float(w) for w in args.blend.split(",")]
         except ValueError:
@@ -302,7 +316,11 @@ def parse(argv):
 
 
 class Files:
-    """The files of one call: which of them could not be read, and where results go."""
+    """The files of one call: which of them could not be read, and where results go.
+
+    output: as on the command line; inputs: paths that must not be overwritten; wanted: how many results will
+    be saved. failures counts the pictures that could not be read. Raises UserError for an impossible output.
+    """
 
     def __init__(self, output, inputs, wanted):
         self.output, self.wanted, self.taken, self.failures = Path(output), wanted, set(), 0
@@ -327,17 +345,20 @@ class Files:
     def save(self, picture, name):
         """Save as --output, or as `name`.png in that folder; never over an input. Raises UserError."""
         path = self.output if self.one else self.output / f"{name}.png"
+        # a/x.jpg and b/x.jpg would both become x_style.png.
         numbers = itertools.count(2)
-        while path in self.taken:  # a/x.jpg and b/x.jpg would both become x_style.png
+        while path in self.taken:
             path = self.output / f"{name}_{next(numbers)}.png"
         if os.path.realpath(path) in self.inputs:
             raise UserError("is one of the inputs, and stays; choose another --output", path)
         limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
         if max(picture.size) > limit:
             raise UserError(f"this format holds at most {limit} pixels a side; choose .png", path)
+        # 4:4:4: JPEG and AVIF would else store color at half the size, and color is what this is about.
         save_atomically(path, lambda part: picture.save(part, quality=95, subsampling="4:4:4"))
         self.taken.add(path)
         print(printable(path))
+        # On a terminal, how far it is; on stderr, so that stdout is a list of files and nothing else.
         if sys.stderr.isatty() and len(self.taken) < self.wanted:
             left = (time.monotonic() - self.started) * (self.wanted / len(self.taken) - 1)
             print(f"{len(self.taken)} of {self.wanted}, {left:.0f} s left ", end="\r", file=sys.stderr)
@@ -358,10 +379,14 @@ def style_codes(model, small, styles, args):
 
 
 def color_pairs(model, photos, styles, files, size, args):
-    """Every photo with every style, or with their blend."""
+    """Every photo with every style, or with their blend: PHOTO_STYLE.png or PHOTO_blend.png.
+
+    photos: paths; styles: [(name, small picture (1, 3, h, w), code (1, D))]; size: of the short side that the
+    network sees.
+    """
     names = ["blend"] if args.blend else [name for name, *_ in styles]
     for path, photo in files.open(photos):
-        small = resize_short_side(photo, size)                                  # (1, 3, h, w)
+        small = resize_short_side(photo, size)  # (1, 3, h, w), scaled once
         for name, z in zip(names, style_codes(model, small, styles, args)):
             lab = predict(model, gray_of(small), z, args.strength)              # (1, 3, h, w)
             result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab[:, 1:])
@@ -371,9 +396,10 @@ def color_pairs(model, photos, styles, files, size, args):
 def color_grid(model, photos, styles, files, size, args):
     """One sheet: photos down, styles across. The photos' own colors come first, if any photo has some."""
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
-    own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)
+    own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
 
     def codes(photo):
+        """The codes of one row of the sheet."""
         small = to_tensor(photo)[None] / 255                                    # (1, 3, size, size)
         if own:
             yield refine(model, gray_of(small), small, encode(model, small), args.refine)
@@ -399,6 +425,7 @@ def show_codes(styles, files):
 
 
 def main(argv=None):
+    """Which pictures, which network, which styles; then one of three ways to show them. Returns the exit code."""
     args = parse(argv)
     # The last picture is the style; but with --styles a single one is the photo, and --latents has no photo.
     n = 0 if args.latents else max(1, len(args.pictures) - 1)
@@ -409,6 +436,7 @@ def main(argv=None):
     if args.blend and len(args.blend) != len(style_paths):
         raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles go "
                         "behind --styles")
+    # Everything that can be wrong is found out before the first picture is made.
     weights = PAPER if args.weights == "paper" else args.weights
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
     files = Files(args.output, [*photos, *style_paths, weights], wanted)

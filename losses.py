@@ -56,8 +56,8 @@ def trunk_file(net):
             if folder and os.path.isfile(Path(folder, candidate)):
                 return Path(folder, candidate)
     download(URLS[net], cache / name, name.split("-")[-1][:8],
-             f"fetch it on another machine and put it into {printable(cache)} or $COLORIZER_WEIGHTS, or name it "
-             "with --lpips-weights FILE; --lpips 0 trains without")
+             f"fetch it on another machine and put it into {printable(cache)} or $COLORIZER_WEIGHTS, or name "
+             "it with --lpips-weights FILE; --lpips 0 trains without")
     return cache / name
 
 

@@ -34,7 +34,7 @@ def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
 @dataclass
 class ModelConfig:
     """All that is needed to build the network again; every checkpoint holds it as a plain dictionary."""
-    space: str = setting("rgb", "what the network makes: rgb, or a and b beside the photo's L", ("rgb", "lab"))
+    space: str = setting("rgb", "what the network makes: rgb, or a and b for the photo's L", ("rgb", "lab"))
     width: int = setting(16, "channels of the first stage; 64 before the paper's \"scarcity\"", (), 1, 256)
     latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", (), 1, 4096)
     dropout: float = setting(.2, "share of features set to 0 after every block, in training only", (), 0, .95)
@@ -115,7 +115,7 @@ class StyleEncoder(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in zip(widths, widths[1:]))
         self.sigmoid = sigmoid
         for conv in self.convs:
-            # torch's default weights make the signal 2.4 times smaller in each layer: codes would start alike.
+            # torch's own weights make the signal 2.4 times smaller in each layer: all codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 
@@ -140,11 +140,11 @@ class Colorizer(nn.Module):
         narrow = [4 * w, 2 * w, w, w]                                           # and at their end
         self.levels = len(down) + len(up)                                       # nine AdaIN layers
 
-        # Encoder. The two deepest stages, whose maps are small and cheap, have four convolutions, the others 2.
+        # Encoder. The two deepest stages, whose maps are small and cheap, have 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
             conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
         # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
-        # convolution, and applies three 3x3 convolutions. The first of these narrows to the next stage's width.
+        # convolution, and applies three 3x3 convolutions. The first of these narrows to the next width.
         # A 4x4 transposed convolution of stride 2 computes the four pixels of each 2x2 block with different
         # weights, so it can leave a checkerboard; the paper has it, and infer.py filters it out.
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in up)

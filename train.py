@@ -11,8 +11,8 @@
 
 Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again,
 the rest is settings, a folder for the results, and care. A run's folder (--output) holds last.pt, best.pt,
-log.csv, loss.png and samples/. Every random number is a function of (seed, step) or of (seed, epoch, picture):
-so a resumed run needs no saved random state, and goes on exactly as if it had never stopped.
+log.csv, loss.png and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so
+a resumed run needs no saved random state, and goes on exactly as if it had never stopped.
 """
 import contextlib
 import csv
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
-from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet  # says what is not installed
+from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet  # names a missing package
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -48,43 +48,51 @@ except ImportError:  # Windows has no such module, and so no lock
 
 @dataclass
 class Settings(ModelConfig):
-    """All settings of a run: the network's (model.py) and these. The defaults are the paper's table 3."""
+    """All settings of a run: the network's (model.py) and these. The defaults are the paper's table 3.
+
+    Each one is an option of the command line: batch_size is --batch-size. All of them are saved in the
+    checkpoints, so that a run can be repeated and resumed. 0 or "" mostly means "off" or "no limit".
+    """
+    # Where from, where to, on what.
     data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded")
     output: str = setting("", "the run's folder (runs/PRESET)")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "another seed gives another run; the same seed gives the same run")
-    # how long
+    # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps; on one CPU core that is days,
+    # and --minutes is the better way to say how long you are ready to wait.
     epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", (), 1)
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
-    # what it sees
+    # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
+    # accumulate. 64 is four times as fast as 128 and good for a first look.
     size: int = setting(128, "side of the square crops, a multiple of 16", (), 32, 1024)
     batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", (), 1)
-    accumulate: int = setting(1, "forward passes a step: batch 8 x accumulate 2 learns about as batch 16", (), 1)
+    accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", (), 1)
     train_size: int = setting(50_000, "at most so many training pictures, 0: all")
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
-    workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed only")
+    workers: int = setting(2 * (sys.platform == "linux"), "processes that load pictures, for speed only")
     hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", (), 0, 1)
-    style_from: str = setting("same", "the style: the photo itself, another crop of it, turned, or another photo",
+    style_from: str = setting("same", "the style: the photo itself, a turned crop of it, or another photo",
                               ("same", "crop", "other"))
-    # the loss (losses.py)
+    # The loss (losses.py). The first three decide what the result looks like: mse keeps it near the photo,
+    # lpips makes it look right, palette makes it as colorful as the photo.
     mse: float = setting(1., "weight of the mean squared error")
     lpips: float = setting(1., "weight of LPIPS, 0: not even loaded")
-    lpips_net: str = setting("vgg", "trunk of LPIPS; alex is cheaper, and what the authors ran", ("vgg", "alex"))
+    lpips_net: str = setting("vgg", "trunk of LPIPS; alex is cheaper and the authors'", ("vgg", "alex"))
     lpips_weights: str = setting("", "file with the trunk's weights; else looked for, else downloaded")
     palette: float = setting(0., "weight of the distance between the palettes of output and photo")
     pair: float = setting(0., "weight of the loss that keeps one thing in one color")
-    style_loss: str = setting("none", "section 3.2: a loss on the codes, added or with an optimizer of its own",
+    style_loss: str = setting("none", "section 3.2: a loss on the codes, added or with its own optimizer",
                               ("none", "combined", "dual"))
     alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", (), 0, 1)
-    # the optimizer
+    # The optimizer, Adam. If the loss jumps or becomes nan: a smaller lr, a warmup, or clip 1.
     lr: float = setting(1e-4, "Adam's learning rate; higher learns faster, until the loss becomes nan")
     weight_decay: float = setting(0., "decoupled weight decay (AdamW); 0 is plain Adam")
     warmup: int = setting(0, "steps over which the learning rate rises to --lr")
     schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
-    # running
-    val_every: int = setting(500, "steps between validations; with --minutes there are about ten at least", (), 1)
+    # Running.
+    val_every: int = setting(500, "steps between validations; with --minutes at least about ten a run", (), 1)
     init: str = setting("", "checkpoint whose weights to start from, with a new optimizer: fine-tuning")
     amp: bool = setting(False, "compute in bfloat16 where it does no harm: faster on recent GPUs and CPUs")
 
@@ -93,7 +101,7 @@ class Settings(ModelConfig):
         super().check()
         for wrong, text in [
                 (self.size % 16, "size must be a multiple of 16"),
-                (not self.mse + self.lpips + self.palette, "mse, --lpips and --palette are 0: nothing to learn"),
+                (self.mse + self.lpips + self.palette == 0, "mse, --lpips and --palette are all 0"),
                 (not self.use_style and self.style_loss != "none", "style_loss needs a style encoder"),
                 (not self.use_style and self.pair, "pair needs a style encoder")]:
             if wrong:
@@ -101,16 +109,24 @@ class Settings(ModelConfig):
         return self
 
 
-# A preset is a few defaults changed.
+# A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs to a
+# place in the paper; experiments/README.md says what came out.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
-    "final": {},                                                                # table 3, the default
+    # Table 3, the default: a U-Net so small that it has to look at the style.
+    "final": {},
+    # Table 1: the U-Net alone, on few pictures and for long, until it overfits.
     "unet": dict(UNREDUCED, use_style=False, train_size=2000, val_size=200, epochs=231, weight_decay=.01),
-    "collapsed": dict(UNREDUCED),                                               # table 2 (unet: table 1)
-    "combined": dict(UNREDUCED, style_from="other", style_loss="combined"),     # section 3.2, solution 1
-    "dual": dict(UNREDUCED, style_from="other", style_loss="dual"),             # section 3.2, solution 2
-    "lab": dict(space="lab"),                                                   # table 4
-    "lpips-only": dict(mse=0.),                                                 # appendix A.1.1
+    # Table 2: the wide U-Net with AdaIN. In the paper its codes go to zero.
+    "collapsed": dict(UNREDUCED),
+    # Section 3.2: a photo with a foreign style, and a loss on the codes. Solution 1: one sum of both losses.
+    "combined": dict(UNREDUCED, style_from="other", style_loss="combined"),
+    # Solution 2: two optimizers.
+    "dual": dict(UNREDUCED, style_from="other", style_loss="dual"),
+    # Table 4: only a and b are made, the photo keeps its own L.
+    "lab": dict(space="lab"),
+    # Appendix A.1.1: without MSE, a grid appears.
+    "lpips-only": dict(mse=0.),
     # Not in the paper: LAB made to work. Hues are turned, so color cannot be guessed from the gray photo. The
     # palette loss works against the pale averages that MSE asks for, turned crops as styles against learning
     # where things were, the pair loss against two colors on one wall. Found by short trials.
@@ -126,16 +142,18 @@ def parse(argv):
     """
     parser = Parser(prog="train.py", description="Train the colorizer.", usage="python train.py [options]")
     add = parser.add_argument
-    changes = {k: " ".join(f"{a}={b}" for a, b in v.items()) for k, v in PRESETS.items()}
-    add("--preset", choices=PRESETS, help="; ".join(f"{k}: {v or 'the defaults'}" for k, v in changes.items()))
+    changed = [f"{k}: {' '.join(f'{a}={b}' for a, b in v.items()) or 'nothing'}" for k, v in PRESETS.items()]
+    add("--preset", choices=PRESETS, help=f"changes of the defaults; {'; '.join(changed)}")
     add("--resume", action="store_true", help="go on from last.pt in --output; without one, start anew")
     add("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
     for f in fields(Settings):
+        # A bool becomes --name and --no-name. SUPPRESS: what is not typed is not there, so that --resume can
+        # tell a setting that was asked for from one that merely has its default.
         kind = {"action": BooleanOptionalAction} if f.type is bool else \
                {"type": f.type, "choices": f.metadata["choices"] or None}
         text = f"{f.metadata['help']} [{'none' if f.default == '' else f.default}]"
         add("--" + f.name.replace("_", "-"), default=SUPPRESS, help=text.replace("%", "%%"), **kind)
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))  # {"batch_size": 8, ...}, only what was typed
     preset, resume, dry_run = given.pop("preset"), given.pop("resume"), given.pop("dry_run")
     try:
         Settings(**{**PRESETS[preset or "final"], **given}).check()
@@ -163,6 +181,7 @@ class Recipe:
 
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
+        # Pictures travel as bytes, a quarter of the size of floats; the colors are turned on the device.
         photo, style, angle = (t.to(self.device, non_blocking=True) for t in batch)
         same = self.s.style_from == "same"
         rgb = photo.float() / 255                                               # (B, 3, S, S)
@@ -174,7 +193,10 @@ class Recipe:
         return gray_of(rgb), rgb, style
 
     def losses(self, model, batch, seed):
-        """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}."""
+        """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}.
+
+        batch: (gray, rgb, style) as prepare gives them; seed: of everything that is random in here.
+        """
         s, (gray, rgb, style) = self.s, batch
         torch.manual_seed(seed)  # of dropout, of the palette's directions, of the pairs' pixels
         turn = torch.rand(()).item()
@@ -184,6 +206,7 @@ class Recipe:
         with self.autocast:
             z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
             out = model.colorize(gray, z).float()                               # (B, 3 or 2, S, S)
+        # Losses are computed in float32, outside of autocast.
         color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, turn)
         losses = {"train_loss": color}
 
@@ -213,20 +236,21 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     """
     optimizer, values = optimizers[0], {}
 
-    # Forward and backward: the gradients of the batches add up, then those of the processes.
+    # Forward and backward. backward() adds to the gradients that are there: after the last batch they hold a
+    # sum, which is the mean, because each loss was divided by the number of batches. Then the processes' mean.
     optimizer.zero_grad(set_to_none=True)
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
         (losses["train_loss"] / len(batches)).backward()
-        for name, loss in losses.items():
+        for name, loss in losses.items():  # item() makes us wait for the GPU; so once here, and nowhere else
             values[name] = values.get(name, 0) + loss.item() / len(batches)
     processes.average([p.grad for p in model.parameters() if p.grad is not None])
 
-    # Clip: a gradient longer than --clip is shortened to it.
+    # Clip. A gradient longer than --clip is shortened: one strange batch cannot throw the weights far off.
     if recipe.s.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.s.clip)
 
-    # Step.
+    # Step: Adam moves every weight against its gradient.
     optimizer.step()
 
     # Section 3.2, solution 2: forward, backward and step again, for the style loss alone.
@@ -254,16 +278,18 @@ def validate(model, recipe, batches):
     dimensions; near 0, all pictures have the same code.
     """
     s, sums, count, codes, W, W_gray = recipe.s, {}, 0, [], 0, 0
-    model.eval()
+    model.eval()  # no dropout; BatchNorm with its running statistics
     for batch in batches:
         gray, rgb, style = recipe.prepare(batch)
         z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
         out = model.colorize(gray, z)                                           # (B, 3 or 2, S, S)
         loss, terms = color_loss(out, gray, rgb, s.space, recipe.loss_weights, recipe.lpips)
         shown = network_to_rgb(out, gray, s.space).clamp(0, 1)                  # (B, 3, S, S)
+        # The last batch may be smaller than the others: sums over pictures, not means over batches.
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
+        # Does it listen? Every photo once more, with the code of the picture before it in the batch.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
             d, d_gray = palette_distances(other, style.roll(1, 0))              # (B,), (B,)
@@ -282,7 +308,7 @@ def validate(model, recipe, batches):
 def build(run, device):
     """The network and its optimizers, as a new run has them or as last.pt left them. Raises UserError."""
     s, saved = run.s, run.saved
-    torch.manual_seed(s.seed)
+    torch.manual_seed(s.seed)  # of the initial weights
     model = Colorizer(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)}))
     initial = saved or (load_checkpoint(s.init) if s.init else None)
     if initial:
@@ -303,18 +329,21 @@ def build(run, device):
                 for p, of_p in optimizer.state.items():
                     assert all(v.shape in (p.shape, ()) for v in of_p.values())
         except Exception:  # a file may hold anything
-            raise UserError("the optimizer in it is damaged; use the weights with --init and another --output",
+            raise UserError("its optimizer is damaged; use its weights with --init and another --output",
                             run.folder / "last.pt") from None
     return model.train(), optimizers
 
 
 def train(preset, given, resume, dry_run):
-    """All that the loop needs: data, networks, the place to go on from; then the loop. Returns the exit code."""
+    """All that the loop needs: data, networks, where to go on; then the loop. Returns the exit code."""
+    # What, and on what?
     run = Run(preset, given, resume, dry_run)
     s, device = run.s, pick_device(run.s.device)
     if s.amp and (device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported(False)):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
     processes = Processes(device)
+
+    # Data, frozen networks, the network.
     if processes.rank:
         processes.wait()  # what the first process downloads, the others find ready
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
@@ -323,18 +352,21 @@ def train(preset, given, resume, dry_run):
         processes.wait()
     model, optimizers = build(run, device)
 
-    # How long? A step of all processes together sees per_step pictures.
+    # How long? A step is `passes` forward passes, over all processes, and sees per_step pictures. A resumed run
+    # keeps the pictures a step: their order is counted in them.
     passes = s.accumulate * processes.world
     run.per_step = s.batch_size * passes
     limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * len(training) / run.per_step))
     if run.rows and run.rows[-1]["pictures"] != run.step * run.per_step:
-        raise UserError(f"its steps are of {run.rows[-1]['pictures'] // run.step} pictures, not {run.per_step}: "
-                        "--batch-size x --accumulate x processes must stay the same", run.folder)
-    print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training "
-          f"and {len(validation)} validation pictures, {device}, from step {run.step}")
+        had = run.rows[-1]["pictures"] // run.step
+        raise UserError(f"its steps are of {had} pictures, not {run.per_step}: --batch-size x --accumulate x "
+                        "processes must stay the same", run.folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{run.preset}: {parameters:,} parameters, {len(training)} training and {len(validation)} validation "
+          f"pictures, {device}, from step {run.step}")
     if run.progress(limit) >= 1:
-        print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give it "
-              "more with --steps, --epochs or --minutes")
+        print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give "
+              "it more with --steps, --epochs or --minutes")
         return 0
 
     # The loaders: endless training batches, and the validation pictures once.
@@ -344,6 +376,8 @@ def train(preset, given, resume, dry_run):
     val_order = [[(0, i) for i in range(len(validation))[a:a + 16]] for a in range(0, len(validation), 16)]
     if dry_run:
         limit, val_order = 1, val_order[:1]
+
+    # From here on Ctrl-C is answered, and the folder is ours.
     stop = listen_for_stop(processes)
     if not processes.rank:
         run.lock()
@@ -356,7 +390,10 @@ def train(preset, given, resume, dry_run):
 
 
 def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, limit):
-    """Step after step, until the run has had its steps or its minutes, or until somebody stops it."""
+    """Step after step, until the run has had its steps or its minutes, or until somebody stops it.
+
+    stop: a list that a signal makes non-empty; limit: the number of steps. Returns the exit code.
+    """
     s, next_time = run.s, run.seconds + 6 * run.s.minutes
     passes = s.accumulate * processes.world
     while (progress := run.progress(limit)) < 1:
@@ -397,7 +434,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, li
             return 130
     best = printable(run.folder / "best.pt")
     print(f"done: {best}, as in  python infer.py PHOTO STYLE --weights {best}" if s.use_style else
-          f"done: {best}; infer.py cannot use it, as it follows no style; see {printable(run.folder)}/samples")
+          f"done: {best}; infer.py cannot use it, as it follows no style; look at the run's samples/")
     return 0
 
 
@@ -407,10 +444,12 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
     if not math.isfinite(result.get("loss", 0)):
         raise run.diverged("the validation loss")
     run.write_log(optimizers[0].param_groups[0]["lr"], result)
+    # best.pt has the lowest validation loss; without any validation so far, the first one is the best.
     if result.get("loss", math.inf) < run.best or not (run.folder / "best.pt").exists():
         run.best = result.get("loss", math.inf)
         run.save("best.pt", model, optimizers)
     run.save("last.pt", model, optimizers)
+    # Numbers do not show whether colors sit on things. The strip does: look at it.
     page = sample(model, val_loader.dataset, run.s)
     save_atomically(run.folder / "samples" / f"{run.step:07d}.png", page.save)
 
@@ -432,30 +471,38 @@ def sample(model, photos, s):
 # ---- a run and its folder ---------------------------------------------------------------------------------
 
 class Run:
-    """A run: its folder, its settings s, how far it has come (step, seconds), its best validation, its log."""
+    """A run: its folder and settings, how far it has come, its log.
+
+    folder; preset, the name, and s, the settings; step and seconds, from the beginning, earlier sessions
+    counted; best, the lowest validation loss; rows, those of log.csv; saved, the checkpoint that the run
+    was resumed from, or None; per_step, pictures a step (set by train).
+    """
 
     def __init__(self, preset, given, resume, dry_run):
         self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
         self.rows, self.history, self.saved, before = [], [], None, {}
+        # Any of these files is a run, also when last.pt was lost: to start anew here would overwrite best.pt.
         if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
             if not resume:
-                raise UserError("already holds a run: add --resume to go on with it, or choose another --output",
+                raise UserError("already holds a run: add --resume to go on, or choose another --output",
                                 self.folder)
             before = self.restore(self.folder / "last.pt", preset)
         # Later ones win: the defaults, the preset, what the run was started with, the command line.
         self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
-        changes = [f"{k} {v!r} -> {getattr(self.s, k)!r}" for k, v in before.items() if v != getattr(self.s, k)]
+        now = asdict(self.s)
+        changes = [f"{k} {v!r} -> {now[k]!r}" for k, v in before.items() if v != now[k]]
         if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history = [*self.history, {"until step": self.step, "settings": before}]
         self.folder = self.folder / "dry-run" if dry_run else self.folder
         self.started = time.monotonic() - self.seconds  # earlier sessions count
+        # Sums of the losses since the last row of the log, of how many steps; time and step of the last line.
         self.sums, self.count, self.told = {}, 0, (time.monotonic(), self.step)
 
     def restore(self, last, preset):
         """Go back to where last.pt ends -> its settings. Raises UserError for what is no run of ours."""
-        self.saved = saved = load_checkpoint(last)
+        self.saved = saved = load_checkpoint(last)  # its network is checked there, the rest of it here
         try:
             before = asdict(Settings.from_file(saved["settings"]))
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
@@ -468,17 +515,19 @@ class Run:
             raise UserError(f"cannot be resumed ({why}); use its weights with --init and another --output",
                             last) from None
         if preset not in (None, self.preset):
-            raise UserError(f"is a run of --preset {self.preset}, not {preset}; choose another --output", last)
+            raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
         return before
 
     def lock(self):
-        """Refuse a folder in which another run is at work. The lock ends with this process, whatever ends it."""
+        """Refuse a folder in which another run is at work. The lock ends with this process, however it ends."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_file = open(self.folder / ".lock", "w")
         try:
+            # lockf and not flock: the loaders, copies of this process, do not inherit it and cannot keep it.
             fcntl and fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError("another train.py is at work here; choose another --output", self.folder) from None
+            raise UserError("another train.py is at work here; choose another --output",
+                            self.folder) from None
         for part in self.folder.glob("**/.part-*"):  # what a killed run was writing
             part.unlink()
 
@@ -497,7 +546,7 @@ class Run:
         now, (then, step), terminal = time.monotonic(), self.told, sys.stdout.isatty()
         if now - then < (1 if terminal else 60):
             return
-        left = self.seconds * (1 / self.progress(limit) - 1) / 60
+        left = self.seconds * (1 / self.progress(limit) - 1) / 60  # minutes, if it goes on as it went
         peak = f"  {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" if device.type == "cuda" else ""
         print(f"\rstep {self.step}  loss {self.sums['train_loss'] / self.count:.4f}  "
               f"{(self.step - step) * self.per_step / (now - then):.1f} images/s  {left:.1f} min left{peak} ",
@@ -505,7 +554,7 @@ class Run:
         self.told = now, self.step
 
     def write_log(self, lr=None, result=None):
-        """Add a row to log.csv: the means of the losses since the last row, and the validation. Draw loss.png."""
+        """Add a row to log.csv, the means of the losses since the last row and the validation; draw loss.png."""
         if self.count:
             losses = {name: value / self.count for name, value in self.sums.items()}
             losses |= {f"val_{name}": value for name, value in result.items()}
@@ -521,13 +570,13 @@ class Run:
                 table.writeheader()
                 table.writerows(self.rows)
 
-        colors = {"train_loss": "steelblue", "val_loss": "darkorange", "color_loss": "green", "style_loss": "red"}
+        colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
         save_atomically(self.folder / "log.csv", write)
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
 
     def save(self, name, model, optimizers):
         """Write a checkpoint. One whose weights are not finite is worth nothing and replaces no other."""
-        weights = model.state_dict()
+        weights = model.state_dict()  # BatchNorm's running statistics included
         if not all(w.isfinite().all() for w in weights.values()):
             raise self.diverged("a weight")
         # Into memory first. On a full disk Python then says so; torch would speak of zip archives.
@@ -540,15 +589,15 @@ class Run:
 
     def diverged(self, what):
         """The error to raise for a number that is not finite."""
-        kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite" if self.rows else "nothing is saved"
-        return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g}) or "
-                         f"--clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
+        kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite" if self.rows else "nothing saved"
+        return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g}) "
+                         f"or --clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
 
 
 # ---- several processes, and signals -----------------------------------------------------------------------
 
 class Processes:
-    """The processes that torchrun has started. Without torchrun there is one, and nothing here does anything."""
+    """The processes that torchrun has started. Without torchrun there is one, and nothing here does a thing."""
 
     def __init__(self, device):
         self.rank, self.world = 0, 1
@@ -582,7 +631,7 @@ class Processes:
 
     def agree(self, values, stopping, seconds):
         """Losses, whether to stop, and the clock: the same for all processes, so that they decide alike."""
-        told = torch.tensor([*values.values(), bool(stopping), seconds])
+        told = torch.tensor([*values.values(), bool(stopping), seconds])  # (losses + 2)
         self.average([told])
         *numbers, stopping, seconds = told.tolist()
         return dict(zip(values, numbers)), stopping > 0, seconds
@@ -614,6 +663,7 @@ def start_loader(_):
 
 
 def main(argv=None):
+    """Parse, train, and say in one line what the machine did wrong. (data.run does it for all the rest.)"""
     arguments = parse(argv)
     try:
         code = train(*arguments)
@@ -621,10 +671,12 @@ def main(argv=None):
         raise UserError("the GPU's memory is full: halve --batch-size and double --accumulate, add --amp, or "
                         "take --lpips-net alex") from None
     except RuntimeError as error:
+        # torch has no types of its own for these; the text is all there is.
         if "DataLoader worker" in str(error):
             raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none); "
                             "--resume goes on from the last checkpoint") from None
-        if not dist.is_initialized() or not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+        lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)
+        if not (dist.is_initialized() and lost):
             raise
         if dist.get_rank():
             sys.exit(1)  # the first process says it

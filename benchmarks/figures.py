@@ -1,7 +1,10 @@
-"""Draw the README's figures from examples/ and the checkpoint that ships; not a test, pytest does not collect it.
+"""Draw the README's figures from examples/ and the checkpoints that ship.
 
-    python tests/figures.py [FOLDER]         writes sheet, strength, blend and closeup (.jpg) and latents.png there
+    python benchmarks/figures.py [FOLDER]
+
+writes sheet, two, strength, refine, blend and closeup (.jpg) and latents.png into FOLDER (figures/).
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -10,59 +13,93 @@ from PIL import Image, ImageDraw
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import infer  # noqa: E402
-from data import open_picture, run, square  # noqa: E402
+from data import crop_square, gray_of, open_picture, resize_short_side, run  # noqa: E402
 
 PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
+GAP, LINE = 4, 20  # pixels between pictures; height of a caption
 
 
 def strip(cells, side=220):
-    """Pictures with captions in a row: the centre square of each."""
-    page = Image.new("RGB", (len(cells) * (side + 4) + 4, side + 24), "white")
+    """(caption, picture) pairs in a row: the centre square of each picture, its caption below."""
+    page = Image.new("RGB", (len(cells) * (side + GAP) + GAP, side + GAP + LINE), "white")
     pen = ImageDraw.Draw(page)
     for i, (caption, picture) in enumerate(cells):
-        page.paste(square(picture, side), (4 + i * (side + 4), 4))
-        pen.text((8 + i * (side + 4), side + 8), caption, fill="black")
+        page.paste(crop_square(picture, side), (GAP + i * (side + GAP), GAP))
+        pen.text((2 * GAP + i * (side + GAP), side + 2 * GAP), caption, fill="black")
     return page
 
 
-def file(name):
-    return str(TOP / "examples" / f"{name}.jpg")
+def columns(captions, rows, side=140):
+    """Rows of pictures (or None) under one line of captions: the centre square of each picture."""
+    page = Image.new("RGB", (len(captions) * (side + GAP) + GAP, LINE + len(rows) * (side + GAP)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, caption in enumerate(captions):
+        x = GAP + i * (side + GAP)
+        pen.text((x, GAP), caption, fill="black")
+        for j, row in enumerate(rows):
+            if row[i]:
+                page.paste(crop_square(row[i], side), (x, LINE + j * (side + GAP)))
+    return page
+
+
+class Painter:
+    """A checkpoint and the example pictures: colors a photo with a style, as infer.py does."""
+
+    def __init__(self, weights, pictures):
+        self.model, self.size = infer.load_model(weights)
+        self.pictures = pictures
+
+    def code(self, photo, style, steps=infer.REFINE_STEPS):
+        """The code of a style, fitted to the photo; both are names."""
+        gray = gray_of(resize_short_side(self.pictures[photo], self.size))
+        small = resize_short_side(self.pictures[style], self.size)
+        return infer.refine(self.model, gray, small, infer.encode(self.model, small), steps)
+
+    def color(self, photo, z, strength=1.):
+        return infer.colorize_photo(self.model, self.pictures[photo], z, self.size, strength)
 
 
 def main():
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else TOP / "figures")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=TOP / "figures")
+    folder = parser.parse_args().folder
     folder.mkdir(parents=True, exist_ok=True)
-    model, size = infer.load_model(infer.SHIPPED)
-    pictures = {name: open_picture(file(name)) for name in PHOTOS + STYLES}
-
-    def code(photo, name, steps=infer.REFINE_STEPS):
-        return infer.refine(model, photo, pictures[name], infer.encode(model, pictures[name], size), size, steps)
+    files = {name: str(TOP / "examples" / f"{name}.jpg") for name in PHOTOS + STYLES}
+    pictures = {name: open_picture(path) for name, path in files.items()}
+    ours = Painter(infer.SHIPPED, pictures)
 
     def save(page, name):
         page.save(folder / name, quality=90)
         print(folder / name)
 
-    styles = [file(STYLES[0]), "--styles", *map(file, STYLES[1:])]
-    infer.main([*map(file, PHOTOS), *styles, "--grid", "--output", str(folder / "sheet.jpg")])
+    styles = [files[STYLES[0]], "--styles", *(files[name] for name in STYLES[1:])]
+    infer.main([*(files[name] for name in PHOTOS), *styles, "--grid", "--output", str(folder / "sheet.jpg")])
     infer.main([*styles, "--latents", "--output", str(folder / "latents.png")])
 
-    photo = pictures["chelsea"]
-    z = code(photo, "harvest")
-    save(strip([("the style", pictures["harvest"])] + [
-        (f"--strength {s:g}", infer.colorize(model, photo, z, size, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
-    save(strip([("the style", pictures["harvest"])] + [
-        (f"--refine {n}", infer.colorize(model, photo, code(photo, "harvest", n), size)) for n in (0, 10, 50)]), "refine.jpg")
+    if infer.PAPER.exists():
+        painters = {"the paper's": Painter(infer.PAPER, pictures), "ours": ours}
+        some = [(style, name) for style in STYLES[:2] for name in painters]
+        rows = [[None] + [pictures[style] for style, _ in some]]
+        for photo in PHOTOS[:3]:
+            rows.append([infer.gray_version(pictures[photo])] + [
+                painters[name].color(photo, painters[name].code(photo, style)) for style, name in some])
+        save(columns(["the photo", *(f"{style}: {name}" for style, name in some)], rows), "two.jpg")
+    else:
+        print(f"{infer.PAPER} is not there: no two.jpg")
 
-    photo = pictures["gray"]
-    A, B = code(photo, "garden"), code(photo, "harvest")
-    save(strip([("style A", pictures["garden"])] + [
-        (f"--blend {a},{4 - a}", infer.colorize(model, photo, (a * A + (4 - a) * B) / 4, size))
-        for a in (4, 3, 2, 1, 0)] + [("style B", pictures["harvest"])], 180), "blend.jpg")
+    z, style = ours.code("chelsea", "harvest"), ("the style", pictures["harvest"])
+    save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", z, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
+    save(strip([style] + [(f"--refine {n}", ours.color("chelsea", ours.code("chelsea", "harvest", n)))
+                          for n in (0, 10, 50)]), "refine.jpg")
 
-    photo = pictures["rocket"]  # the wires of its towers are a pixel wide
-    result = infer.colorize(model, photo, code(photo, "style"), size)
-    box = (50, 310, 160, 420)
-    closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST) for p in (infer.gray_version(photo), result)]
+    A, B = ours.code("gray", "garden"), ours.code("gray", "harvest")
+    blends = [(f"--blend {a},{4 - a}", ours.color("gray", (a * A + (4 - a) * B) / 4)) for a in (4, 3, 2, 1, 0)]
+    save(strip([("style A", pictures["garden"]), *blends, ("style B", pictures["harvest"])], 180), "blend.jpg")
+
+    result = ours.color("rocket", ours.code("rocket", "style"))
+    box = (50, 310, 160, 420)  # the wires of the rocket's towers are a pixel wide
+    closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST)
+                for p in (infer.gray_version(pictures["rocket"]), result)]
     page = Image.new("RGB", (640 + 2 * 431, 427), "white")
     for x, picture in zip((0, 644, 644 + 431), (result, *closeups)):
         page.paste(picture, (x, 0))

@@ -1,7 +1,7 @@
-"""Writes lpips_fixture.npz: what the original LPIPS package answers, for test_losses.py to compare with.
+"""Write tests/lpips_fixture.npz: what the original LPIPS package answers, for test_losses.py to compare with.
 
     pip install lpips==0.1.4 --no-deps
-    python tests/make_lpips_fixture.py
+    python benchmarks/make_lpips_fixture.py
 
 torchvision, scipy and tqdm, which the package imports, are not needed: the package gets our trunks with seeded
 random weights, and uses nothing else of them. It runs in float64, so the file holds the exact answer.
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+TOP = Path(__file__).parents[1]
+sys.path.insert(0, str(TOP))
 import losses  # noqa: E402
 
-FIXTURE = Path(__file__).with_name("lpips_fixture.npz")
+FIXTURE = TOP / "tests" / "lpips_fixture.npz"
 SIZES = {"vgg": 32, "alex": 64}  # large enough for the deepest tap
 # At a ReLU's kink (a max-pooling's tie) the gradient jumps, and fp32 rounding would decide to which side. The
 # seeds are such that no feature of the pictures is that close to one.

@@ -1,10 +1,10 @@
-"""Kill a short training run 25 times at random moments; not a test, pytest does not collect it.
+"""Kill a short training run 25 times at random moments, and compare it with one that nobody touched.
 
-    python tests/survive.py [--kills 25] [--seed 0]
+    python benchmarks/survive.py [--kills 25] [--seed 0]
 
-Each session is killed with SIGKILL up to a second and a half after its first checkpoint, so that some die while they
-write the next (one every other step). Every checkpoint left behind must be readable; in the end the weights,
-the optimizer and the log must equal those of a run that nobody touched, bit for bit.
+Each session is killed with SIGKILL up to a second and a half after its first checkpoint, so some die while they
+write the next one. Every checkpoint that is left must be readable. A half-written file (.part-*) may be left,
+and the next session must remove it. In the end weights, optimizer and log must equal the other run's bit for bit.
 """
 import argparse
 import random
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+TOP = Path(__file__).parents[1]
+sys.path[:0] = [str(TOP), str(TOP / "tests")]
 from test_train import TINY, assert_same, command, saved  # noqa: E402
 
 
@@ -46,12 +47,14 @@ def main():
             process = command(*options, "--steps", end, "--output", *more)
             process.communicate()
             assert process.returncode == 0
+        assert not [*killed.rglob(".part-*")]  # the last session was not killed
         a, b = saved(killed), saved(whole)
         for part in ("weights", "optimizers", "best"):
             assert_same(a[part], b[part])
         for x, y in zip(a["log"], b["log"], strict=True):
             assert_same({**x, "seconds": 0}, {**y, "seconds": 0})
-    print(f"{args.kills} kills in {end} steps, {torn} of them while a file was being written; all is equal bit for bit")
+    print(f"{args.kills} kills in {end} steps, {torn} of them while a file was being written; "
+          "all is equal, bit for bit")
 
 
 if __name__ == "__main__":

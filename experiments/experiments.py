@@ -1,19 +1,21 @@
-"""The table and the figures of the paper's experiments, from the runs that the README's loop leaves; not a test.
+"""The table and the figures of the paper's experiments, from finished runs.
 
-    python tests/experiments.py RUNS PHOTOS PAINTINGS [--figures FOLDER]
+    python experiments/experiments.py RUNS PHOTOS PAINTINGS [--figures FOLDER]
 
-A row for each run in the folder RUNS. From its log.csv, last row: pictures seen, losses, psnr, transfer (train.py
-says what they are). Measured here with its last.pt, at the size it was trained at:
+A row for each run in the folder RUNS. From the last row of its log.csv: pictures seen, losses, psnr, transfer
+(train.py, validate). Measured here with its last.pt, at the size it was trained at:
 
     spread   deviation of the style codes over the first 100 of PAINTINGS, mean over dimensions, as infer.py --latents
     alive    dimensions in which that deviation is above .01
-    psnr L   of the first 100 of PHOTOS in their own colours, joined with the photo's L as infer.py does, in dB
+    listens  how much another photo's code changes the output's palette, as a share of how much the palettes of the
+             photos themselves differ: 0 for a network that ignores the code, about 1 for one that takes all of it
+    psnr L   of the first 100 of PHOTOS in their own colors, joined with the photo's L as infer.py does, in dB
     grid     what all outputs have in common at the same place of 4x4 pixels, in steps of 1/255: the difference of
              output and photo, averaged over pictures and 4x4 blocks (the outer quarters aside); its deviation.
              About .1 is chance at 64x64.
 
-With --figures, and of the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
-colours and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves.
+With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
+colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves.
 """
 import argparse
 import csv
@@ -24,12 +26,13 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 TOP = Path(__file__).parents[1]
-sys.path.insert(0, str(TOP))
+sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
-from data import gray_of, list_pictures, network_to_rgb, open_picture, rgb_to_network, run, square, to_tensor  # noqa: E402
+import variants  # noqa: E402 (beside this file)
+from data import (crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
+                  resize_short_side, rgb_to_lab, rgb_to_network, run, sliced_wasserstein, to_picture, to_tensor)
+from figures import strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
-from figures import strip  # noqa: E402 (beside this file)
-from train import draw_curves  # noqa: E402
 
 CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
@@ -45,28 +48,56 @@ def grid(out, truth):
     return 255 * blocks.flatten(1).std(1, correction=0).mean().item()
 
 
+def listens(color, truth):
+    """Share of the photos' own differences in palette that the style code brings into the outputs.
+
+    color(i, j): a, b (1, 2, h, w) of photo i colored with the code of photo j; truth: the photos' own a, b
+    (N, 2, S, S). A sum over pairs of W(color(i, i), color(i, j)), over the same sum of W(truth i, truth j), where W
+    is the palette distance. The pairs: each photo with those a quarter, a half and three quarters of the list away.
+    """
+    changed = differ = 0
+    for i in range(len(truth)):
+        own = color(i, i)
+        for j in ((i + k * len(truth) // 4) % len(truth) for k in (1, 2, 3)):
+            changed += sliced_wasserstein(own, color(i, j), 32).item()
+            differ += sliced_wasserstein(truth[i:i + 1], truth[j:j + 1], 32).item()
+    return changed / max(differ, 1e-6)
+
+
+def load(folder):
+    """A run's network, changed as its variants.txt says, and the size it was trained at."""
+    with variants.use(variants.of_run(folder)):
+        return infer.load_model(folder / "last.pt")
+
+
 @torch.no_grad()
 def row(name, folder, photos, paintings):
+    """Print a run's row of the table."""
     with open(folder / "log.csv") as file:
         log = list(csv.DictReader(file))[-1]
-    model, size = infer.load_model(folder / "last.pt")
-    color, codes = model.config.color, None
-    spread = alive = "-"
-    if model.config.style:
-        codes = torch.cat([infer.encode(model, p, size) for p in paintings]).std(0, correction=0)
-        spread, alive = f"{codes.mean():.3g}", f"{(codes > .01).sum()} / {len(codes)}"
-    truth = torch.stack([to_tensor(square(p, size)) for p in photos]) / 255
-    raw, joined = [], []
-    for rgb, photo in zip(truth.split(1), photos):
-        seen = rgb_to_network(rgb, color) if model.config.style else None
-        raw.append(network_to_rgb(model(gray_of(rgb), seen), gray_of(rgb), color))
-        z = model.encode_style(seen) if model.config.style else None
-        joined.append(to_tensor(infer.colorize(model, square(photo, size), z, size))[None] / 255)
-    numbers = [sum(p.numel() for p in model.parameters()), int(log["pictures"])]
-    print(f"| {name} | " + " | ".join(f"{n:,}" for n in numbers) + f" | {float(log['train_loss']):.4f} | "
-          f"{float(log['val_loss']):.4f} | {float(log['val_psnr']):.2f} | {psnr(torch.cat(joined), truth).mean():.2f} | "
-          + (f"{float(log['val_transfer']):.2f}" if codes is not None else "-")
-          + f" | {spread} | {alive} | {grid(torch.cat(raw), truth):.2f} |", flush=True)
+    model, size = load(folder)
+    space, use_style = model.config.space, model.config.use_style
+    squares = [crop_square(p, size) for p in photos]
+    truth = torch.stack([to_tensor(p) for p in squares]) / 255                  # (N, 3, S, S)
+    grays = gray_of(truth).split(1)                                             # N x (1, 1, S, S)
+    codes = [infer.encode(model, rgb) if use_style else None for rgb in truth.split(1)]
+
+    def color(i, j):
+        lab = infer.predict(model, grays[i], codes[j])
+        return rgb_to_lab(lab_to_gamut(lab))[:, 1:]                             # (1, 2, S, S), as a screen shows it
+    raw = torch.cat([network_to_rgb(model.colorize(gray, z), gray, space) for gray, z in zip(grays, codes)])
+    joined = [infer.join(p, infer.predict(model, gray, z)[:, 1:]) for p, gray, z in zip(squares, grays, codes)]
+    joined = torch.stack([to_tensor(p) for p in joined]) / 255
+    transfer = spread = alive = heard = "-"
+    if use_style:
+        deviation = torch.cat([infer.encode(model, resize_short_side(p, size)) for p in paintings]).std(0, correction=0)
+        transfer, spread, alive = (f"{float(log['val_transfer']):.2f}", f"{deviation.mean():.3g}",
+                                   f"{(deviation > .01).sum()} / {len(deviation)}")
+        heard = f"{listens(color, rgb_to_lab(truth)[:, 1:]):.3f}"
+    cells = [name, f"{sum(p.numel() for p in model.parameters()):,}", f"{int(log['pictures']):,}",
+             f"{float(log['train_loss']):.4f}", f"{float(log['val_loss']):.4f}", f"{float(log['val_psnr']):.2f}",
+             f"{psnr(joined, truth).mean():.2f}", transfer, spread, alive, heard, f"{grid(raw, truth):.2f}"]
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def draw(runs, folder):
@@ -82,25 +113,25 @@ def draw(runs, folder):
     codes, closeups = [], []
     for i, style in enumerate(styles):
         for column in (1 + i, 6 + i):
-            place(square(examples[style], side), column, 0)
+            place(crop_square(examples[style], side), column, 0)
     for line, (name, run_folder) in enumerate(runs.items(), start=1):
-        model, size = infer.load_model(run_folder / "last.pt")
+        model, size = load(run_folder)
         pen.text((4, 30 + line * (side + 4)), name, fill="black")
         for k, photo in enumerate(("chelsea", "rocket")):
-            photo = square(examples[photo], size)
+            photo = crop_square(examples[photo], size)
+            gray = gray_of(to_tensor(photo)[None] / 255)                        # (1, 1, size, size)
             for i, style in enumerate([photo] + [examples[s] for s in styles]):
-                z = infer.encode(model, style, size) if model.config.style else None
-                raw = infer.colorize(model, photo, z, size, raw=True)
+                z = infer.encode(model, resize_short_side(style, size)) if model.config.use_style else None
+                raw = to_picture(lab_to_gamut(infer.predict(model, gray, z))[0])
                 place(raw.resize((side, side), Image.Resampling.NEAREST), 5 * k + i, line)
                 if k and not i and name in CLOSEUPS:
                     crop = ImageOps.autocontrast(raw.crop((4, 4, 36, 36)), cutoff=2)
                     closeups.append((name, crop.resize((256, 256), Image.Resampling.NEAREST)))
-        if model.config.style and name in CODES:
-            z = torch.cat([infer.encode(model, examples[s], size) for s in styles])
+        if model.config.use_style and name in CODES:
+            z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in styles])
             codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
         if name in CURVES:
-            with open(run_folder / "log.csv") as file:
-                draw_curves(list(csv.DictReader(file)), folder / f"curves-{name}.png")
+            Image.open(run_folder / "loss.png").save(folder / f"curves-{name}.png")
     page.save(folder / "experiments.jpg", quality=90)
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
         w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
@@ -121,9 +152,10 @@ def main():
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
         return draw(runs, args.figures)
-    photos, paintings = ([open_picture(p) for p in list_pictures(folder)[:100]] for folder in (args.photos, args.paintings))
-    print("| run | parameters | pictures | train loss | val loss | psnr | psnr L | transfer | spread | alive | grid |\n"
-          + "|---" * 11 + "|")
+    photos, paintings = ([open_picture(p) for p in list_pictures(folder)[:100]]
+                         for folder in (args.photos, args.paintings))
+    print("| run | parameters | pictures | train loss | val loss | psnr | psnr L | transfer | spread | alive | listens "
+          "| grid |\n" + "|---" * 12 + "|")
     for name, folder in runs.items():
         row(name, folder, photos, paintings)
 

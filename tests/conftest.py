@@ -1,4 +1,4 @@
-"""Makes the files at the top importable, and offers the folder of shared pictures and weights where there is one."""
+"""Makes the project's files importable from every test, and offers the shared pictures and weights if there are any."""
 import sys
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 TOP = Path(__file__).parents[1]
-sys.path.insert(0, str(TOP))
+sys.path[:0] = [str(TOP / folder) for folder in (".", "tests", "benchmarks", "experiments")]
 torch.set_num_threads(1)  # the tensors are small, and two threads on a busy machine wait for each other
 
 

@@ -1,12 +1,34 @@
-"""The reporter of the paper's experiments: what it measures, and that it reads what train.py leaves."""
+"""The paper's experiments: what the table measures, the changed networks, and that the table reads what they leave."""
 import csv
+import itertools
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import experiments
+import infer
 import train
+import variants
+from data import UserError, draw_scene, gray_of, rgb_to_lab, to_tensor
+from model import Colorizer, ModelConfig
+
+TINY = ("--data synthetic --train-size 20 --val-size 4 --size 32 --width 4 --latent 8 --batch-size 4 --lpips 0 "
+        "--workers 0 --device cpu").split()
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_stays_with_pytest(monkeypatch):
+    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+
+
+def build(*names, **config):
+    torch.manual_seed(0)
+    return variants.Variant(ModelConfig(**{"width": 4, "latent": 8, **config}), names).eval().requires_grad_(False)
+
+
+# ---- the table --------------------------------------------------------------------------------------------
 
 
 def test_grid_is_the_amplitude_of_a_lattice_that_all_pictures_share():
@@ -19,22 +41,147 @@ def test_grid_is_the_amplitude_of_a_lattice_that_all_pictures_share():
     assert abs(experiments.grid(truth + 3 / 255 * dots, truth) - 3 * 15 ** .5 / 16) < 1e-3
     either = sign * (-1.) ** torch.arange(8)[:, None, None, None]
     assert experiments.grid(truth + 3 / 255 * either, truth) < 1e-3                    # other ones cancel
-    assert experiments.grid(truth + .1, truth) < 1e-3                                  # one colour off is no lattice
+    assert experiments.grid(truth + .1, truth) < 1e-3                                  # one color off is no lattice
+
+
+def test_listening_is_0_for_a_deaf_network_and_1_for_one_that_takes_the_whole_palette():
+    photos = torch.stack([to_tensor(draw_scene(n, 32, 32)) for n in range(8)]) / 255
+    truth = rgb_to_lab(photos)[:, 1:].split(1)
+    assert experiments.listens(lambda i, j: truth[i], torch.cat(truth)) == 0             # always its own colors
+    assert experiments.listens(lambda i, j: truth[j], torch.cat(truth)) == pytest.approx(1)
+    assert experiments.listens(lambda i, j: .3 * truth[j].flip(3), torch.cat(truth)) == pytest.approx(.3)
+
+    # Photos of one color each: the distance of two palettes is then the mean of |difference along a direction|.
+    one = np.array([[1., 0], [5, 0], [0, 2], [0, 0]])                                    # a, b of four photos
+    codes = np.array([[0., 0], [3, 0], [1, 0], [1, 0]])                                  # what each code adds
+
+    def summed(points):
+        directions = [(np.cos(t), np.sin(t)) for t in np.arange(32) * np.pi / 32]
+        return sum(np.mean([abs(np.dot(points[i] - points[j], d)) for d in directions])
+                   for i, j in itertools.permutations(range(4), 2))
+
+    def planes(a, b):
+        return torch.tensor([a, b], dtype=torch.float32).view(1, 2, 1, 1).expand(1, 2, 3, 3)
+    found = experiments.listens(lambda i, j: planes(*(one[i] + codes[j])), torch.cat([planes(*p) for p in one]))
+    assert found == pytest.approx(summed(codes) / summed(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("space", ["rgb", "lab"])
+def test_a_network_whose_style_branch_is_cut_listens_0(space, tmp_path, monkeypatch, capsys):
+    """The same network listens as long as the weights that read the code are there."""
+    run = tmp_path / "runs" / "cut"
+    train.main([*TINY, "--space", space, "--steps", "1", "--output", str(run)])
+    saved = torch.load(run / "last.pt", weights_only=True)
+    saved["weights"]["head.weight"].normal_(0, .1)
+    heard = []
+    for factor in (1000, 0):
+        torch.save({**saved, "weights": {k: v * factor if k.startswith("adain") and k.endswith("weight") else v
+                                         for k, v in saved["weights"].items()}}, run / "last.pt")
+        heard.append(float(table(tmp_path / "runs", monkeypatch, capsys)[0]["listens"]))
+    assert heard[0] > .02 and heard[1] == 0
+
+
+def table(runs, monkeypatch, capsys):
+    """The rows that experiments.py prints for the pictures in examples/, as dictionaries."""
+    capsys.readouterr()
+    examples = str(experiments.TOP / "examples")
+    monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), examples, examples])
+    experiments.main()
+    head, _, *rows = ([c.strip() for c in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
 
 
 def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
-    train.main(f"--data synthetic --train-size 20 --val-size 4 --size 32 --width 4 --latent 8 --batch-size 4 --steps 2 --lpips 0 "
-               f"--workers 0 --device cpu --output {tmp_path / 'runs' / 'final'}".split())
-    capsys.readouterr()
-    examples = str(experiments.TOP / "examples")
-    monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "runs"), examples, examples])
-    experiments.main()
-    cells = [c.strip() for c in capsys.readouterr().out.splitlines()[-1].strip("|").split("|")]
-    with open(tmp_path / "runs" / "final" / "log.csv") as file:
+    runs = tmp_path / "runs"
+    train.main([*TINY, "--steps", "2", "--output", str(runs / "final")])
+    train.main([*TINY, "--steps", "2", "--no-use-style", "--output", str(runs / "unet")])
+    final, unet = table(runs, monkeypatch, capsys)
+    with open(runs / "final" / "log.csv") as file:
         log = list(csv.DictReader(file))[-1]
-    assert cells[0] == "final" and cells[2] == "8" and cells[5] == f"{float(log['val_psnr']):.2f}"
-    assert cells[3] == f"{float(log['train_loss']):.4f}" and cells[9].endswith("/ 8")
-    monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "runs"), "-", "-", "--figures", str(tmp_path / "f")])
+    assert (final["run"], final["pictures"]) == ("final", "8") and final["alive"].endswith("/ 8")
+    assert final["train loss"] == f"{float(log['train_loss']):.4f}" and final["psnr"] == f"{float(log['val_psnr']):.2f}"
+    assert {c for c, v in unet.items() if v == "-"} == {"transfer", "spread", "alive", "listens"}
+    monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), "-", "-", "--figures", str(tmp_path / "f")])
     experiments.main()
-    assert {p.name for p in (tmp_path / "f").iterdir()} == {"experiments.jpg", "codes.png", "grid.png", "curves-final.png"}
+    assert {p.name for p in (tmp_path / "f").iterdir()} == {
+        "experiments.jpg", "codes.png", "grid.png", "curves-final.png", "curves-unet.png"}
     assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
+
+
+# ---- the changed networks ---------------------------------------------------------------------------------
+
+def test_resize_convolution_sees_every_feature_four_times():
+    up = build("resize").up[2]                                                           # of 8 channels
+    x = torch.randn(2, 8, 4, 5)
+    enlarged = torch.from_numpy(x.numpy().repeat(2, 2).repeat(2, 3))
+    np.testing.assert_allclose(up(x), torch.nn.functional.conv2d(enlarged, *up[1].parameters(), padding=1), atol=1e-6)
+    assert up[1].weight.shape == (8, 8, 3, 3)
+    gray = torch.rand(1, 1, 32, 48)
+    assert build("resize").colorize(gray, torch.zeros(1, 8)).shape == (1, 3, 32, 48)
+
+
+def test_with_relu_a_code_is_the_mean_of_what_is_positive():
+    plain, clipped = build(), build("relu")
+    for a, b in zip(plain.parameters(), clipped.parameters(), strict=True):
+        b.copy_(a)
+    maps = []
+    plain.style_encoder.convs[-1].register_forward_hook(lambda m, i, out: maps.append(out.numpy()))
+    style = torch.rand(4, 3, 64, 64)
+    z, q = plain.encode_style(style), clipped.encode_style(style)
+    np.testing.assert_allclose(z, maps[0].mean((2, 3)), atol=1e-6)
+    np.testing.assert_allclose(q, np.where(maps[0] > 0, maps[0], 0).mean((2, 3)), atol=1e-6)
+    assert (q >= 0).all() and (z < -.01).any()
+
+
+@pytest.mark.parametrize("names, changed", [([], set()), (["scales"], {"adain"}), (["encoder"], {"style_encoder"}),
+                                            (["scales", "encoder"], {"adain", "style_encoder"})])
+def test_the_authors_initial_weights(names, changed):
+    """Their scales N(1, .02) and shifts N(0, .02), and torch's U(-1/sqrt(n), 1/sqrt(n)) for n inputs in the encoder."""
+    torch.manual_seed(0)
+    before = Colorizer(ModelConfig()).state_dict()
+    model = build(*names, width=16, latent=32)
+    after = model.state_dict()
+    assert {k.split(".")[0] for k, v in after.items() if not torch.equal(v, before[k])} == changed
+    if "adain" in changed:
+        scale, shift = torch.cat([layer.affine.weight.reshape(2, -1) for layer in model.adain], 1)
+        np.testing.assert_allclose([scale.mean(), scale.std(), shift.mean(), shift.std()], [1, .02, 0, .02], atol=1e-3)
+        assert all(torch.equal(after[k], before[k]) for k in after if k.endswith("affine.bias"))  # 1 and 0
+    if "style_encoder" in changed:
+        for conv in model.style_encoder.convs:
+            limit = conv.weight[0].numel() ** -.5
+            assert .95 * limit < conv.weight.abs().max() <= limit and 0 < conv.bias.abs().max() <= limit
+            assert abs(conv.weight.std() - limit / 3 ** .5) < .05 * limit
+
+
+def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "runs" / "authors"
+    options = [*TINY, "--output", str(run)]
+    variants.main(["relu,resize,scales,encoder", "--", *options, "--steps", "1", "--lr", "0"])
+    assert variants.of_run(run) == ("relu", "resize", "scales", "encoder")
+    scales = torch.load(run / "last.pt", weights_only=True)["weights"]["adain.0.affine.weight"][:4]
+    assert abs(scales.mean() - 1) < .02  # of 32 numbers
+    variants.main(["scales,encoder,relu,resize", "--", *options, "--steps", "3", "--lr", "1e-2", "--resume"])
+    again = torch.load(run / "last.pt", weights_only=True)["weights"]["adain.0.affine.weight"][:4]
+    assert 0 < (again - scales).abs().max() < .02  # went on, not started anew
+
+    model, size = experiments.load(run)
+    assert size == 32 and type(model.up[0]) is type(model.style_encoder.convs[4]) is torch.nn.Sequential
+    assert table(tmp_path / "runs", monkeypatch, capsys)[0]["pictures"] == "12"
+
+    # Without its variants nobody goes on with it, or takes it for the plain network.
+    with pytest.raises(UserError, match="missing weight|unknown weight"):
+        train.main([*options, "--steps", "4", "--resume"])
+    with pytest.raises(UserError, match="other variants"):
+        variants.main(["relu", "--", *options, "--steps", "4", "--resume"])
+    assert train.Colorizer is infer.Colorizer is Colorizer
+
+
+def test_a_mistake_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        variants.main(["rely", "--", "--steps", "1"])
+    assert "relu, scales, encoder, resize" in capsys.readouterr().err
+    with pytest.raises(UserError, match="style branch"):
+        variants.main(["relu", "--", *TINY, "--no-use-style", "--steps", "1", "--output", str(tmp_path / "run")])
+    train.main([*TINY, "--steps", "1", "--output", str(tmp_path / "plain")])
+    with pytest.raises(UserError, match="other variants"):
+        variants.main(["relu", "--", *TINY, "--steps", "2", "--resume", "--output", str(tmp_path / "plain")])

@@ -1,4 +1,5 @@
 """infer.py as a user meets it: pictures in, pictures out, and one clear line when something is wrong."""
+import io
 import os
 import subprocess
 import sys
@@ -11,33 +12,37 @@ import torch
 from PIL import Image
 
 import infer
-from data import UserError, draw_scene, gray_of, network_to_lab, rgb_to_lab, to_tensor
+import oracle
+from data import (UserError, crop_square, draw_scene, gray_of, lab_to_gamut, network_to_lab, open_picture,
+                  resize_short_side, rgb_to_lab, run, to_picture, to_tensor)
 from losses import palette_distances
 from model import Colorizer, ModelConfig
 
 TOP = Path(infer.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def network(path, **config):
-    """A checkpoint of a small random network that does colour: its head is not zero."""
+    """A checkpoint of a small random network that gives color: its head is not zero."""
     torch.manual_seed(1)
-    model = Colorizer(ModelConfig(**{"width": 4, "latent": 8, "color": "lab", **config}))
+    model = Colorizer(ModelConfig(**{"width": 4, "latent": 8, "space": "lab", **config}))
     torch.nn.init.normal_(model.head.weight, std=.3)
-    for layer in model.adain if model.config.style else []:
+    for layer in model.adain if model.config.use_style else []:
         torch.nn.init.normal_(layer.affine.weight, std=.3)  # so that styles differ visibly
-    torch.save({"format": 1, "model": vars(model.config), "settings": {"size": 32}, "weights": model.state_dict()}, path)
+    torch.save({"format": infer.FORMAT, "model": vars(model.config), "settings": {"size": 32},
+                "weights": model.state_dict()}, path)
     return path
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to work in, with a network, two photos (one gray, one in colour) and two styles."""
+    """A folder to work in, with a network, two photos (one gray, one in color) and two styles."""
     monkeypatch.chdir(tmp_path)
     network("net.pt")
     for folder in ("photos", "styles"):
         os.mkdir(folder)
     draw_scene(1).resize((90, 61)).convert("L").save("photos/gray.png")
-    draw_scene(2).resize((33, 50)).save("photos/colour.JPG", quality=95)
+    draw_scene(2).resize((33, 50)).save("photos/color.JPG", quality=95)
     draw_scene(3).save("styles/a.png")
     draw_scene(4).save("styles/b.webp")
     return tmp_path
@@ -45,6 +50,15 @@ def place(tmp_path, monkeypatch):
 
 def call(*arguments):
     return infer.main([*map(str, arguments), "--weights", "net.pt", "--device", "cpu"])
+
+
+def outcome(*arguments, capsys, program=infer):
+    """The program as if called on the command line, in this process -> (exit code, stdout and stderr)."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: program.main([*map(str, arguments)]))
+    captured = capsys.readouterr()
+    message = f"{end.value.code}\n" if isinstance(end.value.code, str) else ""  # Python prints it when it exits
+    return 1 if message else end.value.code or 0, captured.out + captured.err + message
 
 
 def pixels(path):
@@ -55,47 +69,52 @@ def L(path):
     return rgb_to_lab(pixels(path))[:, 0]
 
 
+def small(path, size=32):
+    """A picture file as the network sees it: (1, 3, h, w)."""
+    return resize_short_side(open_picture(path), size)
+
+
+# ---- the result -------------------------------------------------------------------------------------------
+
 def test_result_has_the_photos_size_and_lightness_and_is_named_after_both(place, capsys):
     assert not call("photos/gray.png", "styles/a.png")
     assert capsys.readouterr().out.strip() == "gray_a.png"
     assert Image.open("gray_a.png").size == (90, 61)
     assert (L("gray_a.png") - L("photos/gray.png")).abs().max() < 1  # 8-bit rounding of three channels
-    assert rgb_to_lab(pixels("gray_a.png"))[:, 1:].norm(dim=1).mean() > 3  # and it is in colour
+    assert rgb_to_lab(pixels("gray_a.png"))[:, 1:].norm(dim=1).mean() > 3  # and it is in color
     assert Image.open("photos/gray.png").mode == "L"
 
 
-def test_of_a_colour_photo_only_the_lightness_is_used(place):
-    call("photos/colour.JPG", "styles/a.png")
-    gray = gray_of(pixels("photos/colour.JPG")).expand(-1, 3, -1, -1)
-    infer.to_picture(gray[0]).save("gray_version.png")
+def test_of_a_color_photo_only_the_lightness_is_used(place):
+    call("photos/color.JPG", "styles/a.png")
+    gray = gray_of(pixels("photos/color.JPG")).expand(-1, 3, -1, -1)
+    to_picture(gray[0]).save("gray_version.png")
     call("gray_version.png", "styles/a.png")
-    assert (pixels("colour_a.png") - pixels("gray_version_a.png")).abs().max() < 5 / 255
+    assert (pixels("color_a.png") - pixels("gray_version_a.png")).abs().max() < 5 / 255
 
 
-def test_strips_do_not_show(place, monkeypatch):
-    model, size = infer.load_model("net.pt")
-    z = infer.encode(model, draw_scene(3), size)
-    photo = draw_scene(1)
-    whole = infer.colorize(model, photo, z, size)
-    monkeypatch.setattr(infer, "STRIP_PIXELS", 5 * photo.width)
-    strips = infer.colorize(model, photo, z, size)
-    assert np.abs(np.asarray(whole, int) - np.asarray(strips, int)).max() <= 1
+@pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 100, 7], ids=["rows", "parts of rows", "a few pixels"])
+def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
+    photo = draw_scene(1).crop((0, 0, 192, 40))
+    ab = 40 * torch.randn(1, 2, 13, 50, generator=torch.Generator().manual_seed(0))
+    whole = infer.join(photo, ab)
+    monkeypatch.setattr(infer, "TILE_PIXELS", pixels_at_a_time)
+    tiles = infer.join(photo, ab)
+    assert np.abs(np.asarray(whole, int) - np.asarray(tiles, int)).max() <= 1
 
 
-def test_enlarged_colours_are_the_networks_own_without_their_checkerboard(place):
+def test_enlarged_colors_are_the_networks_own_without_their_checkerboard():
     """At the network's own size nothing is enlarged: joining must give its a, b after the filter [1 2 1] / 4."""
-    model, _ = infer.load_model("net.pt")
-    photo = Image.fromarray(np.full((32, 32, 3), 128, np.uint8))
-    photo.paste((150, 150, 150), (0, 0, 16, 32))
-    z = infer.encode(model, draw_scene(3), 32)
-    with torch.no_grad():
-        ab = model.colorize(gray_of(to_tensor(photo)[None] / 255), z) * 110
-    padded = np.pad(ab.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
-    ab = torch.from_numpy(sum(w * v * padded[:, :, i:i + 32, j:j + 32] / 16
-                              for i, w in enumerate([1, 2, 1]) for j, v in enumerate([1, 2, 1])))
-    joined = rgb_to_lab(to_tensor(infer.colorize(model, photo, z, 32))[None] / 255)
-    inside = ab.norm(dim=1) < 25  # colours that a screen can show at this lightness
-    assert inside.any() and ((joined[:, 1:] - ab).abs().amax(1)[inside]).max() < 1
+    photo = Image.new("RGB", (24, 32), (128, 128, 128))
+    noise = np.random.default_rng(0).normal(size=(2, 32, 24)) * 4
+    checkerboard = 9 * (-1.) ** np.add.outer(np.arange(32), np.arange(24))
+    answer = noise + [[[12]], [[-9]]] + checkerboard
+    padded = np.pad(noise + [[[12]], [[-9]]], [(0, 0), (1, 1), (1, 1)], mode="edge")
+    expected = sum(w * v * padded[:, i:i + 32, j:j + 24] / 16
+                   for i, w in enumerate([1, 2, 1]) for j, v in enumerate([1, 2, 1]))
+    joined = oracle.lab(np.asarray(infer.join(photo, torch.from_numpy(answer).float()[None])).transpose(2, 0, 1) / 255)
+    inside = (slice(None), slice(1, -1), slice(1, -1))  # at the border the checkerboard's own border shows
+    assert np.abs(joined[1:] - expected)[inside].max() < 1
 
 
 def test_strength_zero_is_gray_and_half_is_half(place):
@@ -103,8 +122,8 @@ def test_strength_zero_is_gray_and_half_is_half(place):
         call("photos/gray.png", "styles/a.png", "--strength", strength, "--output", f"{name}.png")
     zero, half, one = (rgb_to_lab(pixels(f"{n}.png"))[:, 1:] for n in ("zero", "half", "one"))
     assert zero.abs().max() < .1
-    small = one.norm(dim=1, keepdim=True) < 20  # far from the border of the gamut
-    assert ((half - one / 2).abs() * small).max() < 1.5
+    pale = one.norm(dim=1, keepdim=True) < 20  # far from the border of the gamut
+    assert ((half - one / 2).abs() * pale).max() < 1.5
 
 
 def test_raw_is_the_networks_own_picture(place):
@@ -114,13 +133,9 @@ def test_raw_is_the_networks_own_picture(place):
     assert Image.open("gray_a.png").size == (24, 16)
 
 
-def test_folders_give_all_pairs_and_each_style_is_encoded_once(place, monkeypatch, capsys):
-    encoded = []
-    encode = infer.encode
-    monkeypatch.setattr(infer, "encode", lambda *a: encoded.append(1) or encode(*a))
+def test_folders_give_all_pairs_and_more_styles_stand_behind_styles(place):
     call("photos", "styles", "--output", "results")
-    assert sorted(os.listdir("results")) == ["colour_a.png", "colour_b.png", "gray_a.png", "gray_b.png"]
-    assert len(encoded) == 2
+    assert sorted(os.listdir("results")) == ["color_a.png", "color_b.png", "gray_a.png", "gray_b.png"]
     call("photos", "styles/a.png", "--styles", "styles/b.webp", "--output", "again")
     for name in os.listdir("results"):
         assert Path("results", name).read_bytes() == Path("again", name).read_bytes()
@@ -133,6 +148,16 @@ def test_equal_names_from_two_folders_do_not_overwrite_each_other(place):
     assert Path("gray_a.png").exists() and Image.open("gray_a_2.png").size == (192, 160)
 
 
+def test_a_pair_is_what_the_functions_give_one_after_the_other(place):
+    """The command does what the drawing in the file's head says: encode, refine, predict, join."""
+    call("photos/gray.png", "styles/a.png")
+    model, size = infer.load_model("net.pt")
+    photo, style = open_picture("photos/gray.png"), small("styles/a.png")
+    z = infer.refine(model, gray_of(small("photos/gray.png")), style, infer.encode(model, style))
+    assert z.shape == (1, 9, 8)
+    assert np.array_equal(np.asarray(infer.colorize_photo(model, photo, z, size)), np.asarray(Image.open("gray_a.png")))
+
+
 def test_blend_mixes_codes(place):
     call("photos/gray.png", "styles", "--blend", "1,0", "--output", "first.png")
     call("photos/gray.png", "styles/a.png", "--output", "a.png")
@@ -140,93 +165,112 @@ def test_blend_mixes_codes(place):
     call("photos/gray.png", "styles", "--blend", "2,6", "--output", "mixed.png")
     call("photos/gray.png", "styles", "--blend", "2,6", "--refine", 0, "--output", "plain.png")
     model, size = infer.load_model("net.pt")
-    photo = Image.open("photos/gray.png").convert("RGB")
-    styles = [Image.open(p).convert("RGB") for p in ("styles/a.png", "styles/b.webp")]
-    for name, codes in [("plain.png", [infer.encode(model, s, size) for s in styles]),
-                        ("mixed.png", [infer.refine(model, photo, s, infer.encode(model, s, size), size) for s in styles])]:
-        expected = infer.colorize(model, photo, codes[0] / 4 + 3 * codes[1] / 4, size)
+    photo, gray = open_picture("photos/gray.png"), gray_of(small("photos/gray.png"))
+    styles = [small(p) for p in ("styles/a.png", "styles/b.webp")]
+    for name, steps in [("plain.png", 0), ("mixed.png", infer.REFINE_STEPS)]:
+        codes = [infer.refine(model, gray, s, infer.encode(model, s), steps) for s in styles]
+        expected = infer.colorize_photo(model, photo, codes[0] / 4 + 3 * codes[1] / 4, size)
         assert np.abs(np.asarray(expected, int) - np.asarray(Image.open(name), int)).max() <= 1
 
 
 def test_grid_shows_photos_down_and_styles_across(place):
     call("photos", "styles", "--grid", "--output", "sheet.png")
     sheet = Image.open("sheet.png")
-    assert sheet.size == (4 * 36 + 4, 3 * 36 + 4)  # gray, own colours, two styles; the styles' row, two photos
+    assert sheet.size == (4 * 36 + 4, 3 * 36 + 4)  # gray, own colors, two styles; the styles' row, two photos
     cell = to_tensor(sheet.crop((4, 40, 36, 72)))
     assert (cell[0] == cell[1]).all() and (cell[0] == cell[2]).all() and cell.float().std() > 5
     model, _ = infer.load_model("net.pt")
-    photo = infer.square(Image.open("photos/gray.png").convert("RGB"), 32)
-    style, own = infer.open_picture("styles/b.webp"), infer.square(infer.open_picture("photos/colour.JPG"), 32)
-    # Sorted: colour.JPG is the first row, gray.png the second.
-    for photo, style, box in [(photo, style, (112, 76, 144, 108)), (own, own, (40, 40, 72, 72))]:
-        z = infer.refine(model, photo, style, infer.encode(model, style, 32), 32)
-        assert np.array_equal(np.asarray(sheet.crop(box)), np.asarray(infer.colorize(model, photo, z, 32)))
+    photo, own = (crop_square(open_picture(f"photos/{n}"), 32) for n in ("gray.png", "color.JPG"))
+    # Sorted: color.JPG is the first row, gray.png the second.
+    for photo, style, box in [(photo, small("styles/b.webp"), (112, 76, 144, 108)),
+                              (own, to_tensor(own)[None] / 255, (40, 40, 72, 72))]:
+        z = infer.refine(model, gray_of(to_tensor(photo)[None] / 255), style, infer.encode(model, style))
+        assert np.array_equal(np.asarray(sheet.crop(box)), np.asarray(infer.colorize_photo(model, photo, z, 32)))
 
 
-@pytest.mark.parametrize("color", ["lab", "rgb"])
-def test_refining_moves_the_code_downhill(place, color):
-    """One step of Adam is .03 units against the sign of the slope; the slope by finite differences, in numpy."""
-    model, size = infer.load_model(network("net.pt", color=color))
-    photo, style = Image.open("photos/gray.png").convert("RGB"), draw_scene(3)
-    z = infer.encode(model, style, size)
-    moved = infer.refine(model, photo, style, z, size, 1)
-    assert moved.shape == (1, 9, 8)
-    wanted = rgb_to_lab(infer.fit(style, size))[0, 1:]
-    gray = gray_of(infer.fit(photo, size))
-    wanted = torch.nn.functional.interpolate(wanted[None], gray.shape[2:])[0].flatten(1).numpy().astype(float)
-    L = rgb_to_lab(gray.expand(-1, 3, -1, -1))[:, :1]
-    angles = np.arange(8) * np.pi / 8
-    along = np.stack([np.cos(angles), np.sin(angles)])
+def test_a_grid_of_gray_photos_has_no_column_of_own_colors(place):
+    call("photos/gray.png", "styles", "--grid", "--output", "sheet.png")
+    assert Image.open("sheet.png").size == (3 * 36 + 4, 2 * 36 + 4)
+
+
+# ---- refining ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("space", ["lab", "rgb"])
+def test_refining_moves_the_code_downhill(place, space):
+    """The slope is taken by finite differences of the distance of palettes, which numpy computes."""
+    model, size = infer.load_model(network("net.pt", space=space))
+    gray, style = gray_of(small("photos/gray.png")), resize_short_side(draw_scene(3), 32)
+    z = infer.encode(model, style)
+    wanted = rgb_to_lab(style)[:, 1:]
+    wanted = torch.nn.functional.interpolate(wanted, gray.shape[2:])[0].numpy()        # as many pixels as the photo
 
     def distance(z):
-        ab = network_to_lab(model.colorize(gray, z), gray, color)[:, 1:]
-        ab = rgb_to_lab(infer.lab_to_gamut(torch.cat([L, ab], dim=1)))[0, 1:].flatten(1).numpy().astype(float)
-        return np.abs(np.sort(along.T @ ab) - np.sort(along.T @ wanted)).mean()
+        lab = network_to_lab(model.colorize(gray, z), gray, space)
+        shown = lab_to_gamut(torch.cat([rgb_to_lab(gray.expand(-1, 3, -1, -1))[:, :1], lab[:, 1:]], dim=1))[0]
+        return oracle.wasserstein(oracle.lab(shown.numpy())[1:], wanted, 8)
+
     unit, levels = z.abs().mean(), z[:, None].repeat(1, 9, 1)
     slopes = np.zeros((9, 8))
     for index in np.ndindex(9, 8):
         h = torch.zeros_like(levels)
         h[0][index] = .01 * unit
-        slopes[index] = (distance(levels + h) - distance(levels - h)) / .02
-    steps = ((moved - levels) / unit)[0].numpy()
+        slopes[index] = distance(levels + h) - distance(levels - h)
+    steps = (infer.refine(model, gray, style, z, 1) - levels)[0].numpy()
     clear = np.abs(slopes) > .2 * np.abs(slopes).max()
-    assert clear.sum() > 4
-    np.testing.assert_allclose(steps[clear], -.03 * np.sign(slopes[clear]), rtol=1e-3)
+    assert clear.sum() > 4 and (np.sign(steps[clear]) == -np.sign(slopes[clear])).all()
+    assert distance(infer.refine(model, gray, style, z)) < distance(infer.refine(model, gray, style, z, 1)) < distance(levels)
 
 
-def test_refining_leaves_the_network_and_the_first_code_alone(place):
-    model, size = infer.load_model("net.pt")
+def test_refining_leaves_the_network_and_the_first_code_alone():
+    model = Colorizer(ModelConfig(width=4, latent=8)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.head.weight)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    z = infer.encode(model, draw_scene(3), size)
+    photo, style = (resize_short_side(draw_scene(n), 32) for n in (1, 3))
+    z = infer.encode(model, style)
     first = z.clone()
-    infer.refine(model, draw_scene(1), draw_scene(3), z, size)
+    moved = infer.refine(model, gray_of(photo), style, z)
+    assert moved.shape == (1, 9, 8) and not moved.requires_grad and not torch.equal(moved[:, 0], z)
     assert torch.equal(z, first) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert infer.refine(model, draw_scene(1), draw_scene(3), z, size, 0).eq(z[:, None]).all()
+    assert torch.equal(infer.refine(model, gray_of(photo), style, z, 0), z)
 
 
-def test_latents_prints_the_codes_and_draws_a_histogram_each(place, capsys):
+def test_a_code_is_the_style_encoders_answer_in_the_networks_own_colors():
+    """encode takes RGB in [0, 1]; the network of LAB must see a, b / 110."""
+    style = torch.rand(1, 3, 20, 28, generator=torch.Generator().manual_seed(0))
+    for space, seen in [("rgb", style), ("lab", torch.from_numpy(oracle.lab(style[0].numpy())[None, 1:] / 110).float())]:
+        model = Colorizer(ModelConfig(space=space, width=4, latent=8)).eval()
+        assert (infer.encode(model, style) - model.encode_style(seen)).abs().max() < 1e-4
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+def test_latents_explains_and_prints_the_codes_and_draws_a_histogram_each(place, capsys):
     call("styles", "--latents")
     out = capsys.readouterr().out
-    model, size = infer.load_model("net.pt")
-    codes = torch.cat([infer.encode(model, infer.open_picture(p), size) for p in ("styles/a.png", "styles/b.webp")])
-    assert f"spread over styles: {codes.numpy().std(0).mean():.4f}" in out and f"{codes[0].max():.3f}" in out
+    model, _ = infer.load_model("net.pt")
+    codes = torch.cat([infer.encode(model, small(p)) for p in ("styles/a.png", "styles/b.webp")]).numpy()
+    assert "a code of 8 numbers" in out and "deviation" in out and "from style to style" in out
+    assert f"spread over styles: {codes.std(0).mean():.4f}" in out
+    row = next(line for line in out.splitlines() if line.startswith("a "))
+    z = codes[0]
+    assert row.split()[1:] == [f"{v:.3f}" for v in (z.min(), z.mean(), z.max(), z.std())]
     assert Image.open("latents.png").size == (420, 220)
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.tif", "x.bmp", "x.gif"])
-def test_the_output_format_follows_the_ending(place, name):
-    call("photos/gray.png", "styles/a.png", "--output", name)
-    expected = {"jpg": "JPEG", "tif": "TIFF"}.get(name[2:], name[2:].upper())
-    assert Image.open(name).format == expected and not list(Path().glob(".part*"))
+@pytest.mark.parametrize("ending", sorted(infer.EXTENSIONS))
+def test_every_ending_that_the_help_names_is_written_in_its_format(place, ending):
+    call("photos/gray.png", "styles/a.png", "--refine", 0, "--output", f"x{ending}")
+    expected = {"jpg": "JPEG", "tif": "TIFF"}.get(ending[1:], ending[1:].upper())
+    with Image.open(f"x{ending}") as picture:
+        assert picture.format == expected and picture.size == (90, 61)
+        # In color: jpeg and avif keep it at full resolution, gif has 256 colors.
+        assert rgb_to_lab(to_tensor(picture.convert("RGB"))[None] / 255)[:, 1:].norm(dim=1).mean() > 3
+    assert not list(Path().glob(".part*"))
 
 
-def test_inputs_are_never_overwritten(place):
-    before = Path("photos/gray.png").read_bytes()
-    with pytest.raises(UserError, match="is one of the inputs"):
-        call("photos/gray.png", "styles/a.png", "--output", "photos/gray.png")
-    with pytest.raises(UserError, match="is one of the inputs"):
-        call("photos/gray.png", "styles/a.png", "--output", "./photos/../styles/a.png")
-    assert Path("photos/gray.png").read_bytes() == before
+def test_an_output_with_an_ending_in_capitals_is_a_file(place):
+    call("photos/gray.png", "styles/a.png", "--refine", 0, "--output", "X.JPG")
+    assert Image.open("X.JPG").format == "JPEG"
 
 
 def test_a_bad_photo_among_good_ones_is_named_and_the_rest_is_done(place, capsys):
@@ -234,13 +278,64 @@ def test_a_bad_photo_among_good_ones_is_named_and_the_rest_is_done(place, capsys
     assert call("photos", "styles/a.png", "--output", "out/") == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and "bad.png" in captured.err and "empty" in captured.err
-    assert sorted(os.listdir("out")) == ["colour_a.png", "gray_a.png"]
+    assert sorted(os.listdir("out")) == ["color_a.png", "gray_a.png"]
+
+
+def test_a_gray_style_is_told_only_where_it_is_the_one_style(place, capsys):
+    call("photos/gray.png", "photos/gray.png", "--refine", 0)
+    err = capsys.readouterr().err
+    assert "gray.png is gray" in err and err.count("\n") == 1
+    call("photos/color.JPG", "photos", "--refine", 0)
+    call("styles", "--styles", "photos/gray.png", "--latents")
+    assert "is gray" not in capsys.readouterr().err
+
+
+def test_several_photos_before_the_style_are_told_and_where_more_styles_go(place, capsys):
+    call("photos/gray.png", "styles/a.png", "styles/b.webp", "--refine", 0)
+    err = capsys.readouterr().err
+    assert "2 photos" in err and "styles/b.webp" in err and "--styles" in err and err.count("\n") == 1
+    assert Path("gray_b.png").exists() and Path("a_b.png").exists()
+    call("photos", "styles/a.png", "--refine", 0)  # a folder is meant as it is
+    assert not capsys.readouterr().err
+    with pytest.raises(UserError, match="2 weights for 1 styles.*--styles"):
+        call("photos/gray.png", "styles/a.png", "styles/b.webp", "--blend", "2,1")
+
+
+def test_on_a_terminal_a_folder_shows_how_far_it_is(place, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    call("photos", "styles", "--refine", 0, "--output", "out")
+    shown = [part.strip() for part in sys.stderr.getvalue().split("\r") if part]
+    assert [s.split(",")[0] for s in shown] == ["1 of 4", "2 of 4", "3 of 4"] and "s left" in shown[0]
+
+
+def test_pictures_of_formats_that_cannot_be_read_are_counted_and_told_what_to_do(place, capsys):
+    for name in ("a.HEIC", "b.heic", "c.pdf"):
+        Path("photos", name).write_bytes(b"\0\0\0\x18ftypheic")
+    assert call("photos", "styles/a.png", "--refine", 0) == 0
+    err = capsys.readouterr().err
+    assert "2 .heic" in err and "1 .pdf" in err and "JPEG" in err and err.count("\n") == 1
+    assert call("photos/a.HEIC", "styles/a.png") == 1
+    assert "convert it to JPEG" in capsys.readouterr().err
+
+
+def test_weights_paper_is_the_shipped_network_of_the_paper(place, monkeypatch):
+    os.mkdir("shipped")
+    network("shipped/paper.pt", space="rgb")
+    assert infer.PAPER == TOP / "weights" / "paper.pt"
+    monkeypatch.setattr(infer, "PAPER", Path("shipped/paper.pt"))
+    for name, weights in [("word.png", "paper"), ("file.png", "shipped/paper.pt")]:
+        infer.main(["photos/gray.png", "styles/a.png", "--device", "cpu", "--weights", weights, "--output", name])
+    call("photos/gray.png", "styles/a.png", "--output", "other.png")
+    assert torch.equal(pixels("word.png"), pixels("file.png")) and not torch.equal(pixels("word.png"), pixels("other.png"))
 
 
 @pytest.mark.parametrize("arguments, words", [
     ("photos/none.png styles/a.png", "no such file"),
     ("photos/gray.png none", "no such file"),
-    ("empty styles/a.png", "no picture in this folder"),
+    ("empty styles/a.png", "empty: not a file"),
     ("net.pt styles/a.png", "not a picture"),
     ("photos/gray.png styles/a.png --output x.xyz", "unknown picture format"),
     ("photos styles/a.png --output x.png", "do not fit into one file"),
@@ -250,38 +345,50 @@ def test_a_bad_photo_among_good_ones_is_named_and_the_rest_is_done(place, capsys
     ("photos/gray.png styles/a.png --weights photos/gray.png", "not a checkpoint"),
     ("photos/gray.png styles/a.png --weights torn.pt", "not a checkpoint"),
     ("photos/gray.png styles/a.png --weights packed.pt", "not a checkpoint"),
-    ("photos/gray.png styles/a.png --weights new.pt", "format 2"),
-    ("photos/gray.png styles/a.png --weights huge.pt", "do not describe a network"),
-    ("photos/gray.png styles/a.png --weights shapes.pt", "do not describe a network"),
+    ("photos/gray.png styles/a.png --weights new.pt", "update the program"),
+    ("photos/gray.png styles/a.png --weights huge.pt", "width must be from 1 to 256"),
+    ("photos/gray.png styles/a.png --weights shapes.pt", "weight encoder.0.0.weight is of another shape"),
     ("photos/gray.png styles/a.png --weights plain.pt", "without style encoder"),
 ])
-def test_failures_are_one_line_with_exit_code_1_and_leave_nothing_behind(place, arguments, words):
+def test_failures_are_one_line_with_exit_code_1_and_leave_nothing_behind(place, arguments, words, capsys):
     os.mkdir("empty")
     good = torch.load("net.pt", weights_only=True)
     Path("torn.pt").write_bytes(Path("net.pt").read_bytes()[:5000])
     with zipfile.ZipFile("net.pt") as loose, zipfile.ZipFile("packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in loose.namelist():
             packed.writestr(name, loose.read(name))
-    torch.save({**good, "format": 2}, "new.pt")
+    torch.save({**good, "format": infer.FORMAT + 1}, "new.pt")
     torch.save({**good, "model": {**good["model"], "width": 10**6}}, "huge.pt")
     torch.save({**good, "model": {**good["model"], "width": 5}}, "shapes.pt")
-    network("plain.pt", style=False)
+    network("plain.pt", use_style=False)
     before = sorted(Path().rglob("*"))
-    process = subprocess.run([sys.executable, TOP / "infer.py", "--weights", "net.pt", *arguments.split()],
-                             capture_output=True, text=True)
-    assert process.returncode == 1 and process.stdout == ""
-    assert process.stderr.count("\n") == 1 and words in process.stderr
+    code, err = outcome("--weights", "net.pt", *arguments.split(), capsys=capsys)
+    assert code == 1 and err.count("\n") == 1 and words in err and "free some space" not in err
     assert sorted(Path().rglob("*")) == before
 
 
-@pytest.mark.parametrize("arguments", ["", "photos/gray.png", "photos/gray.png styles/a.png --blend x",
-                                       "photos/gray.png styles/a.png --size 2", "photos/gray.png styles/a.png --strength -1",
-                                       "photos/gray.png styles/a.png --refine -1"])
-def test_usage_errors_exit_with_2(place, arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        call(*arguments.split())
-    assert error.value.code == 2 and "usage: python infer.py PHOTO... STYLE" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments, words", [
+    ("", "PHOTO"), ("photos/gray.png", "a style picture is missing"),
+    ("photos/gray.png styles/a.png --blend x", "--blend takes numbers"),
+    ("photos/gray.png styles/a.png --blend 1,-1", "--blend takes numbers"),
+    ("photos/gray.png styles/a.png --blend 1,nan", "--blend takes numbers"),
+    ("photos/gray.png styles/a.png --size 2", "--size must be"),
+    ("photos/gray.png styles/a.png --strength -1", "--strength must be"),
+    ("photos/gray.png styles/a.png --strength nan", "--strength must be"),
+    ("photos/gray.png styles/a.png --refine -1", "--refine must be"),
+    ("photos/gray.png styles/a.png --grid --raw", "--grid"),
+    ("styles --latents --grid", "--grid"),
+    ("photos/gray.png styles/a.png --ouput x.png", "did you mean --output?"),
+    ("photos/gray.png styles/a.png --wieghts=x.pt", "did you mean --weights?"),
+    ("photos/gray.png styles/a.png --qqqq", "--qqqq"),
+    ("photos/gray.png styles/a.png --size many", "--size"),
+    ("photos/gray.png styles/a.png --devise\x1b[31m x", "--devise")])
+def test_usage_errors_are_one_line_with_exit_code_2(place, arguments, words, capsys):
+    code, text = outcome(*arguments.split(), capsys=capsys)
+    assert code == 2 and text.count("\n") == 1 and words in text and "usage:" not in text and "\x1b" not in text
 
+
+# ---- checkpoints ------------------------------------------------------------------------------------------
 
 class Trap:
     """A pickle that would write a file when it is loaded carelessly."""
@@ -289,27 +396,66 @@ class Trap:
         return Path.touch, (Path("trapped"),)
 
 
-def test_a_checkpoint_older_than_the_newest_settings_is_read(place):
-    checkpoint = torch.load("net.pt", weights_only=True)
-    del checkpoint["model"]["relu"], checkpoint["model"]["resize"]
-    torch.save(checkpoint, "old.pt")
-    old, new = infer.load_model("old.pt")[0], infer.load_model("net.pt")[0]
-    assert old.config == new.config and infer.load_checkpoint("old.pt")["model"] == vars(new.config)
-
-
 def test_code_in_a_checkpoint_is_not_run(place):
-    torch.save({"format": 1, "model": Trap()}, "evil.pt")
+    torch.save({"format": infer.FORMAT, "model": Trap()}, "evil.pt")
     with pytest.raises(UserError, match="not a checkpoint"):
         infer.load_checkpoint("evil.pt")
     assert not Path("trapped").exists()
 
 
+def test_a_checkpoint_of_format_1_gives_the_same_pictures(place):
+    """Format 1 had other names for two settings, and two that are gone, which were always off."""
+    new = torch.load("net.pt", weights_only=True)
+    config = {{"space": "color", "use_style": "style"}.get(k, k): v for k, v in new["model"].items() if k != "padding"}
+    torch.save({**new, "format": 1, "model": {**config, "relu": False, "resize": False}}, "old.pt")
+    old = infer.load_checkpoint("old.pt")
+    assert old["model"] == new["model"] and infer.load_model("old.pt")[0].config == infer.load_model("net.pt")[0].config
+    for name in ("net.pt", "old.pt"):
+        infer.main(["photos/gray.png", "styles/a.png", "--device", "cpu", "--weights", name, "--output", f"{name}.png"])
+    assert torch.equal(pixels("net.pt.png"), pixels("old.pt.png"))
+    torch.save({**new, "format": 1, "model": {**config, "relu": True}}, "variant.pt")
+    with pytest.raises(UserError, match="no setting 'relu'"):
+        infer.load_checkpoint("variant.pt")
+
+
+def test_a_checkpoint_without_the_newest_settings_gets_their_defaults(place):
+    checkpoint = torch.load("net.pt", weights_only=True)
+    del checkpoint["model"]["padding"], checkpoint["model"]["sigmoid"]
+    torch.save(checkpoint, "old.pt")
+    assert infer.load_model("old.pt")[0].config == infer.load_model("net.pt")[0].config
+
+
+def test_a_setting_or_a_weight_that_is_unknown_or_missing_is_named(place):
+    good = torch.load("net.pt", weights_only=True)
+
+    def refusal(**parts):
+        torch.save({**good, **parts}, "bad.pt")
+        with pytest.raises(UserError) as caught:
+            infer.load_checkpoint("bad.pt")
+        return str(caught.value)
+    assert "'magic'" in refusal(model={**good["model"], "magic": 1})
+    assert "unknown weight 'extra'" in refusal(weights={**good["weights"], "extra": torch.ones(1)})
+    less = dict(good["weights"])
+    del less["head.bias"]
+    assert "missing weight 'head.bias'" in refusal(weights=less)
+
+
+def test_half_precision_weights_are_read_as_float32(place):
+    good = torch.load("net.pt", weights_only=True)
+    half = {k: v.half() if v.is_floating_point() else v for k, v in good["weights"].items()}
+    torch.save({**good, "weights": half}, "half.pt")
+    model, size = infer.load_model("half.pt")
+    assert size == 32 and {p.dtype for p in model.parameters()} == {torch.float32} and not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, half[k].to(v.dtype)) for k, v in model.state_dict().items())
+
+
 # ---- the checkpoint that ships ----------------------------------------------------------------------------
 
-def test_the_first_command_of_the_readme_colours_the_example(tmp_path):
+def test_the_first_command_of_the_readme_colors_the_example(tmp_path):
     """In a folder of its own, without a network: the product works, and the result has the style's palette."""
     process = subprocess.run([sys.executable, TOP / "infer.py", TOP / "examples/gray.jpg", TOP / "examples/style.jpg"],
-                             cwd=tmp_path, capture_output=True, text=True)
+                             cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
     assert (process.returncode, process.stdout.strip(), process.stderr) == (0, "gray_style.png", "")
     result, style = Image.open(tmp_path / "gray_style.png"), Image.open(TOP / "examples/style.jpg")
     assert result.size == Image.open(TOP / "examples/gray.jpg").size
@@ -324,24 +470,21 @@ def test_the_shipped_network_gives_the_same_picture_twice(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_padding_hardly_moves_the_shipped_networks_colours():
+def test_padding_hardly_moves_the_shipped_networks_colors():
     """A photo of 113x121, which is padded to 128x128, against the same part of the whole photo of 128x128."""
     model, size = infer.load_model(infer.SHIPPED)
-    photo = infer.square(Image.open(TOP / "examples/chelsea.jpg"), 128)
-    z = infer.encode(model, Image.open(TOP / "examples/harvest.jpg"), size)
-    whole, part = (network_to_lab(model.colorize(gray_of(to_tensor(p)[None] / 255), z).detach(),
-                                  gray_of(to_tensor(p)[None] / 255), "lab")[:, 1:, :121, :113]
-                   for p in (photo, photo.crop((0, 0, 113, 121))))
+    photo = to_tensor(crop_square(open_picture(TOP / "examples/chelsea.jpg"), 128))[None] / 255
+    z = infer.encode(model, small(TOP / "examples/harvest.jpg", size))
+    whole, part = (infer.predict(model, gray_of(p), z)[:, 1:, :121, :113] for p in (photo, photo[:, :, :121, :113]))
     assert whole.norm(dim=1).mean() > 10 and (whole - part).norm(dim=1).mean() < 6
 
 
 def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():
     model, size = infer.load_model(infer.SHIPPED)
-    style = Image.open(TOP / "examples/gray.jpg").convert("RGB")
-    z = infer.encode(model, style, size)
-    for code in (z, infer.refine(model, style, style, z, size)):
-        lab = rgb_to_lab(to_tensor(infer.colorize(model, style, code, size))[None] / 255)
-        assert lab[:, 1:].norm(dim=1).mean() < 3
+    style = small(TOP / "examples/gray.jpg", size)
+    gray, z = gray_of(style), infer.encode(model, style)
+    for code in (z, infer.refine(model, gray, style, z)):
+        assert infer.predict(model, gray, code)[:, 1:].norm(dim=1).mean() < 3
 
 
 def test_refining_brings_the_shipped_networks_palette_nearer():
@@ -349,13 +492,14 @@ def test_refining_brings_the_shipped_networks_palette_nearer():
     model, size = infer.load_model(infer.SHIPPED)
     transfers = []
     for name in ("chelsea", "rocket"):
-        photo = infer.square(infer.open_picture(TOP / f"examples/{name}.jpg"), 128)
+        photo = crop_square(open_picture(TOP / f"examples/{name}.jpg"), 128)
+        gray = gray_of(to_tensor(photo)[None] / 255)
         for other in ("garden", "harvest"):
-            style = infer.square(infer.open_picture(TOP / f"examples/{other}.jpg"), 128)
-            z = infer.encode(model, style, size)
-            shown = [to_tensor(infer.colorize(model, photo, code, size))[None] / 255
-                     for code in (z, infer.refine(model, photo, style, z, size))]
-            W, W_gray = palette_distances(torch.cat(shown), (to_tensor(style)[None] / 255).expand(2, -1, -1, -1))
+            style = to_tensor(crop_square(open_picture(TOP / f"examples/{other}.jpg"), 128))[None] / 255
+            z = infer.encode(model, style)
+            shown = [to_tensor(infer.colorize_photo(model, photo, code, size))[None] / 255
+                     for code in (z, infer.refine(model, gray, style, z))]
+            W, W_gray = palette_distances(torch.cat(shown), style.expand(2, -1, -1, -1))
             transfers.append(1 - W / W_gray)
     before, after = torch.stack(transfers).T
     assert (after > before).all() and after.mean() > before.mean() + .05

@@ -1,11 +1,14 @@
 """The training loop as a user meets it: as a command, killed, resumed, misused."""
 import csv
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,32 +16,52 @@ import torch
 from PIL import Image
 
 import infer
+import oracle
 import train
-from data import Photos, UserError, draw_scene, gray_of, rgb_to_lab, rgb_to_network, network_to_rgb, to_tensor
+from data import Photos, UserError, draw_scene, gray_of, network_to_rgb, rgb_to_lab, rgb_to_network, to_tensor
 from model import Colorizer, ModelConfig
+from test_infer import network, outcome
 
 TOP = Path(train.__file__).parent
 TINY = ("--data synthetic --train-size 24 --val-size 4 --size 32 --width 4 --latent 8 --batch-size 4 --val-every 4 "
         "--device cpu --workers 0 --lpips 0 --hue-rotation 0.5").split()
+LIMIT = 240  # seconds for a program that takes ten: whoever waits for ever fails and does not stop the tests
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c_stays_with_pytest(monkeypatch):
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+def signals_stay_with_pytest():
+    numbers = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+    before = [signal.getsignal(n) for n in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
 
 
 def command(*arguments, **options):
+    """train.py as a process of its own, with pipes for what it prints."""
     return subprocess.Popen([sys.executable, str(TOP / "train.py"), *map(str, arguments)], stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
-def saved(folder):
-    return torch.load(folder / "last.pt", weights_only=True)
+def go(*arguments):
+    """train.py in this process -> its exit code."""
+    return train.main([*map(str, arguments)])
+
+
+def saved(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def log(folder):
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
 
 
 def wait_for(path, process):
+    """Until a running program has written a file."""
+    end = time.monotonic() + LIMIT
     while not path.exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None and time.monotonic() < end, process.communicate(timeout=9)
         time.sleep(.01)
 
 
@@ -58,42 +81,41 @@ def assert_same(a, b):
         assert a == b
 
 
+# ---- runs: the same whatever interrupts them --------------------------------------------------------------
+
 def test_kill_9_and_resume_equal_an_uninterrupted_run_bit_for_bit(tmp_path):
     a, b = tmp_path / "killed", tmp_path / "whole"
     process = command(*TINY, "--steps", 100_000, "--output", a)
     wait_for(a / "last.pt", process)
     process.kill()
-    process.wait()
+    process.communicate(timeout=LIMIT)
     end = saved(a)["step"] + 6  # two more validations' worth, and not a multiple of anything
     # The second session even loads with two processes: they must not matter.
-    assert command(*TINY, "--steps", end, "--output", a, "--resume", "--workers", 2).wait() == 0
-    assert command(*TINY, "--steps", end, "--output", b).wait() == 0
+    assert go(*TINY, "--steps", end, "--output", a, "--resume", "--workers", 2) == 0
+    assert go(*TINY, "--steps", end, "--output", b) == 0
     a, b = saved(a), saved(b)
     assert a["step"] == b["step"] == end
     for part in ("weights", "optimizers", "best"):
         assert_same(a[part], b[part])
-    drop = ("seconds",)
-    assert [{k: v for k, v in r.items() if k not in drop} for r in a["log"]] == \
-           [{k: v for k, v in r.items() if k not in drop} for r in b["log"]]
+    assert [{**row, "seconds": 0} for row in a["log"]] == [{**row, "seconds": 0} for row in b["log"]]
 
 
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path):
-    """--accumulate 2 is the oracle: the same pictures, each half normalised by itself, the gradients' mean."""
+    """--accumulate 2 is the oracle: the same pictures, each half normalized by itself, the gradients' mean."""
     def losses(folder):
-        with open(folder / "log.csv") as file:
-            return [float(row["train_loss"]) for row in csv.DictReader(file)]
+        return [float(row["train_loss"]) for row in log(folder)]
     one, two = tmp_path / "one", tmp_path / "two"
-    options = [*TINY, "--palette", ".1", "--dropout", ".2"]
-    assert command(*options, "--steps", 12, "--accumulate", 2, "--output", one).wait() == 0
+    options = [*TINY, "--palette", ".1", "--pair", ".2", "--dropout", ".2"]
+    go(*options, "--steps", 12, "--accumulate", 2, "--output", one)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TOP / "train.py")]
     process = subprocess.run([*torchrun, *options, "--steps", "8", "--output", str(two)], capture_output=True, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+                             env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("done:") == 1  # one of them tells, and writes
     assert losses(two) == pytest.approx(losses(one)[:2], rel=1e-5)
     with pytest.raises(UserError, match="its steps are of 8 pictures, not 4"):
-        train.main([*options, "--steps", "12", "--output", str(two), "--resume"])
-    train.main([*options, "--steps", "12", "--accumulate", "2", "--output", str(two), "--resume"])
+        go(*options, "--steps", 12, "--output", two, "--resume")
+    go(*options, "--steps", 12, "--accumulate", 2, "--output", two, "--resume")
     assert losses(two) == pytest.approx(losses(one), rel=1e-5)
 
 
@@ -104,93 +126,189 @@ def test_sigterm_saves_the_step_in_hand_and_says_how_to_go_on(tmp_path, group):
     wait_for(tmp_path / "run" / "last.pt", process)
     first = saved(tmp_path / "run")["step"]
     (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
-    out, err = process.communicate()
-    assert process.returncode == 130 and "--resume" in out and not err
-    assert saved(tmp_path / "run")["step"] >= first
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130 and "--resume" in out and not err, (out, err)
+    told = int(out.rpartition("stopped at step ")[2].split(";")[0])
+    assert saved(tmp_path / "run")["step"] == told >= first
+
+
+def test_ctrl_c_before_the_first_validation_leaves_a_checkpoint_and_a_sample(tmp_path, capsys):
+    run = tmp_path / "run"
+
+    def interrupt():
+        while not (run / "log.csv").exists():  # written when the handlers are in place
+            time.sleep(.01)
+        time.sleep(.3)
+        os.kill(os.getpid(), signal.SIGINT)
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert go(*TINY, "--steps", 100_000, "--val-every", 100_000, "--output", run) == 130
+    thread.join()
+    step = saved(run)["step"]
+    assert f"stopped at step {step}" in capsys.readouterr().out and step > 0
+    assert saved(run, "best.pt")["step"] == step and (run / "samples" / f"{step:07d}.png").exists()
+    assert log(run)[-1]["step"] == str(step)
+    # The next validation finds a better one: what was never validated is not the best.
+    assert go(*TINY, "--steps", step + 1, "--output", run, "--resume") == 0
+    assert saved(run, "best.pt")["step"] == step + 1 and math.isfinite(saved(run)["best"])
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, capsys):
+    run = tmp_path / "run"
+    go(*TINY, "--steps", 1, "--output", run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for rest in (["last.pt", "best.pt", "log.csv"], ["best.pt", "log.csv"], ["log.csv"]):
+        for name in {"last.pt", "best.pt", "log.csv"} - set(rest):
+            (run / name).unlink(missing_ok=True)
+        with pytest.raises(UserError, match="already holds a run: add --resume"):
+            go(*TINY, "--steps", 2, "--output", run)
+        if "last.pt" not in rest:
+            with pytest.raises(UserError, match="last.pt: no such checkpoint"):
+                go(*TINY, "--steps", 2, "--output", run, "--resume")
+        assert all((run / name).read_bytes() == before[run / name] for name in rest)
+
+
+def test_resume_in_an_empty_folder_starts_anew(tmp_path):
+    assert go(*TINY, "--steps", 1, "--output", tmp_path / "run", "--resume") == 0
+    assert saved(tmp_path / "run")["step"] == 1
+
+
+def test_resume_names_the_settings_that_differ_and_keeps_the_old_ones(tmp_path, capsys):
+    run = tmp_path / "run"
+    go(*TINY, "--steps", 2, "--output", run)
+    go(*TINY, "--steps", 3, "--output", run, "--resume", "--seed", 5, "--lr", ".01")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "other settings" in line]
+    assert len(lines) == 1 and "step 2" in lines[0]
+    for change in ("seed 0 -> 5", "lr 0.0001 -> 0.01", "steps 2 -> 3"):
+        assert change in lines[0]
+    assert "size" not in lines[0] and "width" not in lines[0]
+    go("--steps", 4, "--output", run, "--resume")  # what is not given stays as it was
+    checkpoint = saved(run)
+    assert checkpoint["settings"]["seed"] == 5 and checkpoint["settings"]["lr"] == .01 and checkpoint["step"] == 4
+    first, second = checkpoint["history"]
+    assert first["until step"] == 2 and first["settings"]["seed"] == 0 and first["settings"]["lr"] == 1e-4
+    assert second["until step"] == 3 and second["settings"]["seed"] == 5
+    capsys.readouterr()
+    go("--output", run, "--resume")
+    assert "other settings" not in capsys.readouterr().err
+
+
+def test_a_run_that_is_used_up_says_so_and_stays_as_it_is(tmp_path, capsys):
+    run = tmp_path / "run"
+    go(*TINY, "--epochs", 1, "--output", run)                                          # 24 pictures, 4 a step
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for more in ([], ["--steps", 5], ["--steps", 6], ["--epochs", 1], ["--minutes", "1e-6"]):
+        assert go("--output", run, "--resume", *more) == 0
+        out = capsys.readouterr().out
+        assert "nothing to do" in out and "6 steps" in out and "done:" not in out
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    go("--output", run, "--resume", "--epochs", 2)
+    assert saved(run)["step"] == 12
+
+
+def test_resume_with_another_preset_is_refused(tmp_path):
+    run = tmp_path / "run"
+    go(*TINY, "--preset", "lab", "--steps", 1, "--output", run)
+    with pytest.raises(UserError, match="--preset lab.*final"):
+        go(*TINY, "--preset", "final", "--steps", 2, "--output", run, "--resume")
+    go(*TINY, "--preset", "lab", "--steps", 2, "--output", run, "--resume")
+    assert saved(run)["step"] == 2 and saved(run)["model"]["space"] == "lab"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit for the size of a file")
-def test_a_full_disk_stops_with_advice_and_leaves_the_checkpoint(tmp_path):
+def test_a_full_disk_stops_with_advice_and_leaves_the_checkpoint(tmp_path, capsys):
     import resource
     run = tmp_path / "run"
-    train.main([*TINY, "--steps", "4", "--output", str(run)])
+    go(*TINY, "--steps", 4, "--output", run)
     before = (run / "last.pt").read_bytes()
-    limit = len(before) // 2
-    process = command(*TINY, "--steps", 8, "--output", run, "--resume",
-                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    out, err = process.communicate()
-    assert process.returncode == 1 and err.count("\n") == 1 and "free some space" in err, err
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        code, text = outcome(*TINY, "--steps", 8, "--output", run, "--resume", program=train, capsys=capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = text.splitlines()[-1]
+    assert code == 1 and "best.pt" in message and "File too large" in message and "free some space" in message
+    assert "inline_container" not in text and "Traceback" not in text
     assert (run / "last.pt").read_bytes() == before and not list(run.rglob(".part-*"))
-    train.main([*TINY, "--steps", "8", "--output", str(run), "--resume"])
+    go(*TINY, "--steps", 8, "--output", run, "--resume")
     assert saved(run)["step"] == 8
 
 
-def test_a_non_finite_loss_stops_with_advice_and_leaves_the_checkpoint(tmp_path, capsys):
+def test_a_non_finite_loss_stops_with_advice_and_leaves_the_checkpoint(tmp_path):
     run = tmp_path / "run"
-    train.main([*TINY, "--steps", "4", "--output", str(run)])
+    go(*TINY, "--steps", 4, "--output", run)
     before = (run / "last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"at step \d+: try a lower --lr"):
-        train.main([*TINY, "--steps", "50", "--lr", "1e30", "--output", str(run), "--resume"])
+    with pytest.raises(UserError, match=r"at step \d+: try a lower --lr.*last.pt of step 4 is kept"):
+        go(*TINY, "--steps", 50, "--val-every", 50, "--lr", "1e9", "--output", run, "--resume")
     assert (run / "last.pt").read_bytes() == before
 
 
-def test_the_authors_start_and_layers_are_trained_saved_and_resumed(tmp_path):
-    options = [*TINY, "--relu", "--resize", "--start", "both", "--output", str(tmp_path / "run")]
-    train.main([*options, "--steps", "1", "--lr", "0"])
-    scales = saved(tmp_path / "run")["weights"]["adain.0.affine.weight"][:4]
-    assert abs(scales.mean() - 1) < .02  # of 32 numbers
-    train.main([*options, "--steps", "3", "--lr", "1e-2", "--resume"])  # one for the zero head, one for the rest
-    again = saved(tmp_path / "run")
-    assert again["model"]["relu"] and again["model"]["resize"]
-    assert 0 < (again["weights"]["adain.0.affine.weight"][:4] - scales).abs().max() < .02  # went on, not started anew
-    model, _ = infer.load_model(tmp_path / "run" / "last.pt")
-    assert model.config.relu and model.config.resize
-
+# ---- what a run leaves ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_passes_a_dry_run(preset, tmp_path, random_alexnet):
     run = tmp_path / "run"
-    small = "--data synthetic --size 32 --width 4 --latent 8 --batch-size 4 --workers 0 --device cpu".split()
-    train.main(["--preset", preset, *small, "--lpips-net", "alex", "--lpips-weights", random_alexnet,
-                "--dry-run", "--output", str(run)])
+    little = "--data synthetic --size 32 --width 4 --latent 8 --batch-size 4 --workers 0 --device cpu".split()
+    go("--preset", preset, *little, "--lpips-net", "alex", "--lpips-weights", random_alexnet, "--dry-run", "--output", run)
     checkpoint = saved(run / "dry-run")
-    assert checkpoint["step"] == 1 and checkpoint["preset"] == preset
-    own_colours_only = 2 if preset == "unet" else 6
-    assert Image.open(run / "dry-run" / "samples" / "0000001.png").size == (36 * own_colours_only + 4, 36 * 5 + 4)
+    assert checkpoint["step"] == 1 and checkpoint["preset"] == preset and checkpoint["format"] == infer.FORMAT
+    own_colors_only = 2 if preset == "unet" else 6
+    assert Image.open(run / "dry-run" / "samples" / "0000001.png").size == (36 * own_colors_only + 4, 36 * 5 + 4)
+    infer.load_model(run / "dry-run" / "last.pt")
 
 
-def test_log_and_curves_have_one_row_a_validation_also_after_a_resume(tmp_path):
-    run = str(tmp_path / "run")
-    train.main([*TINY, "--steps", "8", "--output", run])
-    train.main([*TINY, "--steps", "12", "--accumulate", "1", "--output", run, "--resume"])
-    with open(tmp_path / "run" / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+def test_the_last_line_of_a_run_recommends_what_can_be_done_with_it(tmp_path, capsys):
+    go(*TINY, "--steps", 1, "--output", tmp_path / "styled")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("done:") and "infer.py PHOTO STYLE --weights" in last
+    go(*TINY, "--preset", "unet", "--steps", 1, "--output", tmp_path / "plain")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("done:") and "PHOTO STYLE" not in last and "--weights" not in last and "samples" in last
+
+
+def test_log_and_curves_have_one_row_a_validation_also_after_a_resume(tmp_path, capsys):
+    run = tmp_path / "run"
+    go(*TINY, "--steps", 8, "--output", run)
+    go(*TINY, "--steps", 12, "--output", run, "--resume")
+    rows = log(run)
     assert [r["step"] for r in rows] == ["4", "8", "12"] and rows[-1]["pictures"] == "48"
     assert all(np.isfinite(float(r[k])) for r in rows for k in
-               ("train_loss", "val_loss", "val_mse", "val_psnr", "val_ssim", "val_transfer", "val_spread"))
-    assert Image.open(tmp_path / "run" / "loss.png").size == (640, 400)
+               ("train_loss", "val_loss", "val_mse", "val_psnr", "val_transfer", "val_spread"))
+    assert Image.open(run / "loss.png").size == (640, 400)
+    out = capsys.readouterr().out
+    assert all(f"step {n}: train_loss " in out for n in (4, 8, 12))  # each line says its step
+
+
+def test_with_minutes_a_run_is_validated_about_ten_times(tmp_path, monkeypatch):
+    """The clock is one that goes on by half a second whenever somebody looks at it."""
+    ticks = iter(np.arange(1e6) / 2)
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    go(*TINY, "--batch-size", 1, "--val-size", 1, "--minutes", 2, "--val-every", 100_000, "--output", tmp_path / "run")
+    assert 6 <= len(log(tmp_path / "run")) <= 12
 
 
 def test_validation_of_a_network_that_answers_gray():
     """The untrained network: its measures are those of the gray pictures, which numpy can compute."""
-    settings = train.Settings(data="synthetic", size=32, lpips=0, batch_size=2, latent=8, width=4)
+    settings = train.Settings(data="synthetic", size=32, lpips=0., batch_size=2, latent=8, width=4)
     recipe = train.Recipe(settings, torch.device("cpu"))
     photos = Photos([1, 2, 3], 32, 0, train=False)
     loader = [tuple(torch.stack(t) for t in zip(*[photos[0, i] for i in batch])) for batch in ([0, 1], [2])]
     model = Colorizer(ModelConfig(latent=8, width=4))
     result = train.validate(model, recipe, loader)
     x = np.stack([photos[0, i][0].numpy() for i in range(3)]) / 255.
-    linear = np.where(x > .04045, ((x + .055) / 1.055) ** 2.4, x / 12.92)
-    y = np.einsum("c,bchw->bhw", [.212671, .715160, .072169], linear)
-    gray = np.where(y > .0031308, 1.055 * y ** (1 / 2.4) - .055, 12.92 * y)
-    mse = ((x - gray[:, None]) ** 2).mean((1, 2, 3))
-    assert result["mse"] == pytest.approx(mse.mean(), rel=1e-4)
+    gray = np.stack([oracle.gamma(oracle.mix(oracle.RGB_TO_XYZ[1:2], oracle.linear(picture))) for picture in x])
+    mse = ((x - gray) ** 2).mean((1, 2, 3))
+    assert result["mse"] == pytest.approx(mse.mean(), rel=1e-4) and result["loss"] == pytest.approx(mse.mean(), rel=1e-4)
     assert result["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=1e-4)
     assert result["transfer"] == pytest.approx(0, abs=1e-3)
     codes = model.encode_style(torch.tensor(x, dtype=torch.float32)).detach().numpy()
     assert result["spread"] == pytest.approx(codes.std(0).mean(), rel=1e-4)
     assert model.training  # validation hands the network back as it was
 
+
+# ---- learning ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("step, progress, expected", [(0, 0., .25), (3, .5, .5), (100, 1., 0.)])
 def test_learning_rate_rises_and_falls(step, progress, expected):
@@ -200,29 +318,99 @@ def test_learning_rate_rises_and_falls(step, progress, expected):
     assert train.learning_rate(settings, step, progress) == 1.
 
 
-def test_the_style_loss_can_only_move_the_style_encoder():
+def learner(**settings):
+    """A small recipe, a network whose answer is not gray, and two prepared batches."""
+    recipe = train.Recipe(train.Settings(**{"size": 32, "lpips": 0., **settings}), torch.device("cpu"))
     torch.manual_seed(0)
-    model = Colorizer(ModelConfig(width=4, latent=8))
-    gray, style = torch.rand(2, 1, 32, 32), torch.rand(2, 3, 32, 32)
-    train.style_loss(model, gray, style, torch.rand(2, 3, 32, 32), "rgb").backward()
-    moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert moved == {"style_encoder"}
+    model = Colorizer(ModelConfig(width=4, latent=8, dropout=0.))
+    torch.nn.init.normal_(model.head.weight, std=.3)
+    photos = Photos([1, 2, 3, 4], 32, 0, train=True, style_from=recipe.s.style_from)
+    batches = [recipe.prepare(tuple(torch.stack(t) for t in zip(*[photos[0, i] for i in pair]))) for pair in ([0, 1], [2, 3])]
+    return recipe, model, batches
+
+
+ALONE = SimpleNamespace(average=lambda tensors: None)  # a single process averages nothing
 
 
 def test_combined_and_dual_objectives():
-    assert train.objective(train.Settings(), 0, 2., None) == 2.
-    assert train.objective(train.Settings(style_loss="combined", alpha=.75), 0, 2., 10.) == 4.
-    assert [train.objective(train.Settings(style_loss="dual"), k, 2., 10.) for k in (0, 1)] == [2., 10.]
+    losses = {}
+    for kind in ("none", "combined", "dual"):
+        recipe, model, batches = learner(style_loss=kind, alpha=.75, style_from="other")
+        losses[kind] = {k: v.item() for k, v in recipe.losses(model, batches[0], seed=3).items()}
+    assert list(losses["none"]) == ["train_loss"]
+    color, style = losses["combined"]["color_loss"], losses["combined"]["style_loss"]
+    assert color == pytest.approx(losses["none"]["train_loss"]) and style > 0
+    assert losses["combined"]["train_loss"] == pytest.approx(.75 * color + .25 * style)
+    assert losses["dual"] == pytest.approx({"train_loss": color, "color_loss": color, "style_loss": style})
 
 
-def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colours(tmp_path):
-    """Eight synthetic pictures. Their colours cannot be guessed from their gray versions, so whoever gets them
-    right has read the style codes; then photo A with style B must have the colours of B."""
+def test_in_the_dual_step_the_style_loss_moves_the_style_encoder_alone():
+    recipe, model, batches = learner(style_loss="dual", style_from="other")
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for lr in (0., 1.)]       # the first one stands still
+    train.train_step(model, recipe, optimizers, batches, (0, 1), ALONE)
+    moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"style_encoder"}
+
+
+def test_a_step_on_two_batches_follows_the_mean_of_their_gradients():
+    def step(chosen):
+        recipe, model, batches = learner()
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+        values = train.train_step(model, recipe, [torch.optim.SGD(model.parameters(), lr=1.)],
+                                  [batches[i] for i in chosen], chosen, ALONE)
+        return values["train_loss"], (torch.nn.utils.parameters_to_vector(model.parameters()) - before).detach()
+    (loss, moved), (first, a), (second, b) = step([0, 1]), step([0]), step([1])
+    assert loss == pytest.approx((first + second) / 2) and (moved - (a + b) / 2).norm() < 1e-4 * moved.norm()
+
+
+def test_clip_shortens_a_long_gradient_and_leaves_a_short_one():
+    def length(clip):
+        recipe, model, batches = learner(clip=clip)
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).clone()
+        train.train_step(model, recipe, [torch.optim.SGD(model.parameters(), lr=1.)], batches, (0, 1), ALONE)
+        return (torch.nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
+    free = length(0.)
+    assert length(free / 3) == pytest.approx(free / 3, rel=1e-3) and length(free * 3) == pytest.approx(free, rel=1e-4)
+
+
+def test_random_numbers_of_a_step_come_from_its_seed_alone():
+    recipe, model, batches = learner(palette=1., pair=.5)
+    first = {k: v.item() for k, v in recipe.losses(model, batches[0], seed=7).items()}
+    torch.rand(100)
+    again, other = ({k: v.item() for k, v in recipe.losses(model, batches[0], seed).items()} for seed in (7, 8))
+    assert first == again and "pair_loss" in first and other != first
+
+
+def test_scenes_keep_their_gray_under_the_hue_rotation_of_the_loop():
+    """What the loop feeds: gray is that of the unturned photo, photo and style are turned together."""
+    recipe = train.Recipe(train.Settings(lpips=0., hue_rotation=1.), torch.device("cpu"))
+    photo = to_tensor(draw_scene(3).resize((32, 32)))[None]
+    gray, rgb, style = recipe.prepare((photo, photo, torch.tensor([2.])))
+    assert torch.equal(rgb, style)
+    assert (gray - gray_of(photo / 255)).abs().max() < 1e-5
+    before, after = rgb_to_lab(photo / 255)[:, 1:], rgb_to_lab(rgb)[:, 1:]
+    assert (before - after).abs().mean() > 10
+    assert network_to_rgb(rgb_to_network(rgb, "lab"), gray, "lab").sub(rgb).abs().max() < 1e-3
+
+
+def test_bfloat16_learns_about_what_float32_learns(tmp_path):
+    """amp changes the rounding of each step and nothing else."""
+    for name, more in [("float32", []), ("bfloat16", ["--amp"])]:
+        go(*TINY, "--steps", 4, "--dropout", 0, "--output", tmp_path / name, *more)
+    a, b = (float(log(tmp_path / name)[0]["train_loss"]) for name in ("float32", "bfloat16"))
+    assert a != b and b == pytest.approx(a, rel=.02)
+    assert all(v.dtype in (torch.float32, torch.int64) for v in saved(tmp_path / "bfloat16")["weights"].values())
+
+
+def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colors(tmp_path):
+    """Eight synthetic pictures. Their colors cannot be guessed from their gray versions, so whoever gets them
+    right has read the style codes; then photo A with style B must have the colors of B."""
     run = tmp_path / "run"
-    train.main(f"--data synthetic --train-size 8 --val-size 4 --size 32 --color lab --lpips 0 --dropout 0 --lr 2e-3 "
-               f"--width 8 --steps 150 --val-every 150 --batch-size 8 --clip 1 --workers 0 --device cpu --hue-rotation 0 "
-               f"--schedule cosine --output {run}".split())
-    model = Colorizer(ModelConfig(color="lab", width=8, dropout=0.))
+    go(*(f"--data synthetic --train-size 8 --val-size 4 --size 32 --space lab --lpips 0 --dropout 0 --lr 2e-3 --width 8 "
+         f"--steps 150 --val-every 150 --batch-size 8 --clip 1 --workers 0 --device cpu --schedule cosine").split(),
+       "--output", run)
+    model = Colorizer(ModelConfig(space="lab", width=8, dropout=0.))
     model.load_state_dict(saved(run)["weights"])
     model.eval()
     rgb = torch.stack([Photos([i], 32, 0, train=False)[0, 0][0] for i in range(8)]) / 255
@@ -237,13 +425,19 @@ def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colours(tm
     assert ((mean - new).norm(dim=1) < (mean - old).norm(dim=1)).sum() >= 7
 
 
-@pytest.mark.parametrize("arguments", ["--size 100", "--batch-size 0", "--lr -1", "--preset nonsense", "--dropout 1",
-                                       "--mse 0 --lpips 0", "--no-style --style-loss dual", "--no-style --start both", "--epochs many",
-                                       "--epochs 0", "--lr nan", "--minutes inf", "--width 1000", "--seed 99999999999"])
-def test_usage_errors_exit_with_2(arguments, capsys):
-    with pytest.raises(SystemExit) as error:
-        train.main(arguments.split())
-    assert error.value.code == 2 and "error:" in capsys.readouterr().err
+# ---- the command line -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--size 100", "--size must be a multiple of 16"), ("--batch-size 0", "--batch-size"), ("--lr -1", "--lr"),
+    ("--lr 1e38", "--lr"), ("--lr nan", "--lr"), ("--minutes inf", "--minutes"), ("--width 1000", "--width"),
+    ("--seed 99999999999", "--seed"), ("--epochs many", "--epochs"), ("--epochs 0", "--epochs"),
+    ("--dropout 1", "--dropout"), ("--preset nonsense", "--preset"), ("--mse 0 --lpips 0", "nothing to learn"),
+    ("--no-use-style --style-loss dual", "needs a style encoder"), ("--preset unet --pair 1", "needs a style encoder"),
+    ("--style_loss dual", "did you mean --style-loss?"), ("--ouput runs/x", "did you mean --output?"),
+    ("--preset hue-rotation", "ours"), ("runs/x", "runs/x")])
+def test_usage_errors_are_one_line_with_exit_code_2(arguments, words, capsys):
+    code, text = outcome(*arguments.split(), program=train, capsys=capsys)
+    assert code == 2 and text.count("\n") == 1 and words in text and "usage:" not in text
 
 
 def test_help_lists_every_setting_with_its_default(capsys):
@@ -252,44 +446,57 @@ def test_help_lists_every_setting_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for f in train.fields(train.Settings):
         assert "--" + f.name.replace("_", "-") in text and f.metadata["help"] + " [" in text
+    assert all(preset + ": " in text for preset in train.PRESETS)
 
 
-def test_errors_of_a_run_are_one_line(tmp_path):
+def test_errors_of_a_run_are_one_line_and_make_no_folder(tmp_path, capsys):
     run = tmp_path / "run"
-    train.main([*TINY, "--steps", "1", "--output", str(run)])
+    go(*TINY, "--steps", 1, "--output", run)
+    network(tmp_path / "plain.pt", space="rgb", use_style=False)
+    network(tmp_path / "sigmoid.pt", space="rgb", sigmoid=True)
+    (tmp_path / "split" / "val").mkdir(parents=True)
+    (tmp_path / "split" / "train").mkdir()
+    draw_scene(1).save(tmp_path / "split" / "train" / "a.png")
+    capsys.readouterr()
 
     def message(*arguments):
-        process = command(*arguments)
-        out, err = process.communicate()
-        assert process.returncode == 1 and err.count("\n") == 1, (out, err)
-        return err
-    assert "--resume" in message(*TINY, "--steps", 2, "--output", run)
-    assert "is no folder" in message("--data", tmp_path / "nowhere", "--lpips", 0, "--output", tmp_path / "x")
-    assert "no such file" in message(*TINY, "--lpips", 1, "--lpips-weights", tmp_path / "nothing.pth",
-                                     "--output", tmp_path / "x")
-    assert "latent" in message(*TINY, "--latent", 9, "--init", run / "last.pt", "--output", tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-    for settings in ({"size": "32"}, {"magic": 1}):  # a file made by another version, or by an enemy
-        (tmp_path / "foreign").mkdir(exist_ok=True)
-        torch.save({**saved(run), "settings": saved(run)["settings"] | settings}, tmp_path / "foreign" / "last.pt")
-        assert "not of this version" in message(*TINY, "--resume", "--output", tmp_path / "foreign")
+        code, text = outcome(*arguments, "--output", tmp_path / "x", program=train, capsys=capsys)
+        assert code == 1 and text.count("\n") == 1, text
+        assert not (tmp_path / "x").exists()
+        return text
+    assert "is no folder" in message("--data", tmp_path / "nowhere", "--lpips", 0)
+    empty_val = message("--data", tmp_path / "split", "--lpips", 0)
+    assert str(tmp_path / "split" / "val") in empty_val and "one" in empty_val and "two" not in empty_val
+    assert "no such file" in message(*TINY, "--lpips", 1, "--lpips-weights", tmp_path / "nothing.pth")
+    # A wrong --init names what to add, in words that the command line takes.
+    assert "--latent 8" in message(*TINY, "--latent", 9, "--init", run / "last.pt")
+    assert "--no-use-style" in message(*TINY, "--init", tmp_path / "plain.pt")
+    wrong = message(*TINY, "--init", tmp_path / "sigmoid.pt")
+    assert "--sigmoid" in wrong and "True" not in wrong
+    assert "no such checkpoint" in message(*TINY, "--init", tmp_path / "none.pt")
 
 
 def test_init_starts_from_the_weights_alone(tmp_path):
-    train.main([*TINY, "--steps", "2", "--output", str(tmp_path / "a")])
-    train.main([*TINY, "--steps", "1", "--lr", "0", "--init", str(tmp_path / "a/last.pt"), "--output", str(tmp_path / "b")])
+    go(*TINY, "--steps", 2, "--output", tmp_path / "a")
+    go(*TINY, "--steps", 1, "--lr", 0, "--init", tmp_path / "a/last.pt", "--output", tmp_path / "b")
     a, b = saved(tmp_path / "a"), saved(tmp_path / "b")
     learned = [k for k, _ in Colorizer(ModelConfig(width=4, latent=8)).named_parameters()]
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in learned) and b["step"] == 1
 
 
-def test_scenes_keep_their_gray_under_the_hue_rotation_of_the_loop():
-    """What the loop feeds: gray is that of the unturned photo, photo and style are turned together."""
-    recipe = train.Recipe(train.Settings(lpips=0, hue_rotation=1.), torch.device("cpu"))
-    photo = to_tensor(draw_scene(3).resize((32, 32)))[None]
-    gray, rgb, style = recipe.prepare((photo, photo, torch.tensor([2.])))
-    assert torch.equal(rgb, style)
-    assert (gray - gray_of(photo / 255)).abs().max() < 1e-5
-    before, after = rgb_to_lab(photo / 255)[:, 1:], rgb_to_lab(rgb)[:, 1:]
-    assert (before - after).abs().mean() > 10
-    assert network_to_rgb(rgb_to_network(rgb, "lab"), gray, "lab").sub(rgb).abs().max() < 1e-3
+def test_init_takes_a_network_of_another_padding_and_dropout(tmp_path):
+    """Neither has weights."""
+    network(tmp_path / "net.pt", space="rgb")
+    go(*TINY, "--steps", 1, "--lr", 0, "--padding", "replicate", "--dropout", ".5", "--init", tmp_path / "net.pt",
+       "--output", tmp_path / "run")
+    assert saved(tmp_path / "run")["model"]["padding"] == "replicate"
+    assert torch.equal(saved(tmp_path / "run")["weights"]["head.weight"], saved(tmp_path, "net.pt")["weights"]["head.weight"])
+
+
+def test_init_takes_a_checkpoint_of_format_1(tmp_path):
+    """Written before two settings got other names; its runs cannot go on, but its weights serve."""
+    checkpoint = saved(tmp_path, network(tmp_path / "new.pt", space="lab").name)
+    config = {{"space": "color", "use_style": "style"}.get(k, k): v for k, v in checkpoint["model"].items() if k != "padding"}
+    torch.save({**checkpoint, "format": 1, "model": {**config, "relu": False, "resize": False}}, tmp_path / "old.pt")
+    go(*TINY, "--preset", "lab", "--steps", 1, "--lr", 0, "--init", tmp_path / "old.pt", "--output", tmp_path / "run")
+    assert torch.equal(saved(tmp_path / "run")["weights"]["head.weight"], checkpoint["weights"]["head.weight"])

@@ -5,7 +5,7 @@ up in native_functions.yaml, the table that comes with torch and names the devic
 
 What this cannot see: whether a kernel is right, or takes the shape at hand; the inside of operators that torch
 makes of others, but for those in INSIDE; other routes that torch has on MPS, such as a fused dropout. Loading, and
-the joining of strips in infer.py, happen on the CPU in any case; they are noted with the rest, which does no harm.
+the joining of tiles in infer.py, happen on the CPU in any case; they are noted with the rest, which does no harm.
 """
 import re
 from pathlib import Path
@@ -105,7 +105,7 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alex
     s = train.Settings(**train.PRESETS[preset])
     seen = {"convolution", "convolution_backward", "native_batch_norm_backward", "max_pool2d_with_indices_backward",
             "addcdiv_", "linalg_vector_norm"}
-    if s.style:
+    if s.use_style:
         seen |= {"native_batch_norm", "addmm", "sort"}
     if s.dropout:
         seen |= {"bernoulli_.float"}
@@ -114,23 +114,29 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alex
     assert recorder.doubles == set()
 
 
-def test_every_operator_of_the_papers_own_variants_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
-    recorder = record_training(random_alexnet, tmp_path, monkeypatch, "--relu", "--resize", "--sigmoid", "--start", "both")
-    assert recorder.names >= {"aten::sigmoid", "aten::upsample_nearest2d", "aten::upsample_nearest2d_backward"}
+def test_every_operator_of_the_preset_ours_and_of_all_switches_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
+    """The pair loss and the palette loss come with the preset; the rest is what no preset uses."""
+    recorder = record_training(random_alexnet, tmp_path, monkeypatch, "--preset", "ours", "--sigmoid", "--style-from", "other",
+                               "--style-loss", "combined", "--dropout", ".2", "--mse", "1", "--accumulate", "2")
+    assert recorder.names >= {"aten::sigmoid", "aten::sort", "aten::randint", "aten::exp", "aten::bernoulli_.float",
+                              "aten::replication_pad2d", "aten::replication_pad2d_backward", "aten::avg_pool2d_backward"}
     assert missing(recorder.names, table) == [] and recorder.doubles == set()
 
 
-def test_every_operator_of_inference_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
-    record_training(random_alexnet, tmp_path, monkeypatch)
+@pytest.mark.parametrize("preset", ["final", "ours"])
+def test_every_operator_of_inference_has_an_mps_kernel(preset, table, random_alexnet, tmp_path, monkeypatch):
+    record_training(random_alexnet, tmp_path, monkeypatch, "--preset", preset)
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     for file, size in zip(files, [(50, 37), (33, 70), (40, 40)]):  # odd ones, which are padded
         Image.fromarray(np.random.RandomState(0).randint(0, 256, (*size, 3), np.uint8)).save(file)
     options = ["--styles", files[2], "--device", "cpu", "--weights", str(tmp_path / "dry-run" / "last.pt"),
-               "--output", str(tmp_path / "out")]
+               "--output", str(tmp_path / "out"), "--refine", "2"]
+    modes = {"final": [["--raw"]], "ours": [[], ["--blend", "2,1"], ["--grid"], ["--strength", ".5"], ["--latents"]]}
     with Recorder() as recorder:
-        for more in ([], ["--raw"], ["--blend", "2,1"], ["--grid"], ["--strength", ".5"], ["--latents"]):
+        for more in modes[preset]:
             assert infer.main([*files[:2], *options, *more]) == 0
-    assert recorder.names >= {"aten::convolution", "aten::native_batch_norm", "aten::index_select", "aten::histc"}
+    seen = {"convolution", "convolution_backward", "native_batch_norm", "index_select", "sort"}  # refining goes backward
+    assert recorder.names >= {f"aten::{n}" for n in seen | ({"histc"} if preset == "ours" else set())}
     assert missing(recorder.names, table) == []
     assert recorder.doubles == set()
 
