@@ -39,6 +39,7 @@ FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
 REFINE_STEPS = 10                # more steps take more of the palette, and begin to paint washes into the sky
+GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # of the formats
 
@@ -66,7 +67,7 @@ def load_checkpoint(path):
         raise UserError("no such checkpoint", path)
     # Is it a checkpoint at all?
     try:
-        checkpoint = load_torch_file(path)
+        checkpoint = dict(load_torch_file(path))
         version, size = checkpoint["format"], checkpoint["settings"]["size"]
         config, weights = dict(checkpoint["model"]), dict(checkpoint["weights"])
     except Exception:  # whatever it is, the cure is the same
@@ -133,18 +134,32 @@ def predict(model, gray, z, strength=1.):
     return lab
 
 
-def join(photo, ab):
-    """Give a PIL photo of any size the small colors ab (1, 2, h, w): its own L, the a, b enlarged.
+def guide(lab):
+    """Colors as a function of lightness: L, a, b (B, 3, h, w) -> slope, offset (B, 2, h, w) each.
+
+    The guided filter (He, Sun and Tang 2013): around every pixel, in a box of 9x9, a and b are fitted by straight
+    lines, ab = slope * L + offset. Read off with the small L, the lines are a filter that removes speckle and the
+    checkerboard of the transposed convolutions. Read off with the L of the large photo, they enlarge: colors
+    change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the variance of L below
+    which a box counts as flat.
+    """
+    def mean(x):
+        return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), 2 * GUIDE_RADIUS + 1, stride=1)
+
+    L, ab = lab[:, :1], lab[:, 1:]
+    mean_L, mean_ab = mean(L), mean(ab)
+    slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
+    return mean(slope), mean(mean_ab - slope * mean_L)
+
+
+def join(photo, lab):
+    """Give a PIL photo of any size the colors of the network's small answer lab (1, 3, h, w), and its own L.
 
     Joined in tiles, so that memory does not grow with the photo beyond the two pictures themselves. Pillow's
     `box` samples each tile as a part of the whole: the seams cannot be seen.
     """
-    # Transposed convolutions can leave a checkerboard of single pixels, which enlarging would turn into dots.
-    # The filter [1 2 1] / 4 in both directions, as two passes of [1 1] / 2, removes just that frequency.
-    ab = F.pad(ab, (1, 1, 1, 1), mode="replicate")
-    ab = F.avg_pool2d(F.avg_pool2d(ab, 2, stride=1), 2, stride=1)               # (1, 2, h, w)
-    # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so a and b become two pictures.
-    planes = [Image.fromarray(plane.numpy()) for plane in ab[0]]                # 2 x (h, w), mode F
+    # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so each plane becomes a picture.
+    planes = [Image.fromarray(plane.numpy()) for plane in torch.cat(guide(lab), dim=1)[0]]  # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", (W, H))
     # A tile is some whole lines of the photo, or a part of a line that is longer than a tile.
@@ -152,20 +167,19 @@ def join(photo, ab):
     rows = max(1, TILE_PIXELS // columns)
     for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
         right, bottom = min(x + columns, W), min(y + rows, H)
-        tile = to_tensor(photo.crop((x, y, right, bottom)))[None] / 255         # (1, 3, rows, columns)
-        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)             # the same place in the planes
-        size = right - x, bottom - y
+        L = rgb_to_lab(to_tensor(photo.crop((x, y, right, bottom)))[None] / 255)[:, :1]  # (1, 1, rows, columns)
+        box, size = (x * w / W, y * h / H, right * w / W, bottom * h / H), (right - x, bottom - y)
         large = [np.array(plane.resize(size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
-        # The photo's own L, the network's a and b; what no screen can show loses chroma, never lightness.
-        lab = torch.cat([rgb_to_lab(tile)[:, :1], torch.from_numpy(np.stack(large))[None]], dim=1)
-        result.paste(to_picture(lab_to_gamut(lab)[0]), (x, y))
+        slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, columns) each
+        # What no screen can show at this lightness loses chroma, never lightness.
+        result.paste(to_picture(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))[0]), (x, y))
     return result
 
 
 def colorize_photo(model, photo, z, size, strength=1.):
     """A PIL photo of any size and a code z -> PIL picture. Of a color photo only the L is used."""
     gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
-    return join(photo, predict(model, gray, z, strength)[:, 1:])
+    return join(photo, predict(model, gray, z, strength))
 
 
 # ---- not in the paper: the code is fitted to each photo ---------------------------------------------------
@@ -182,6 +196,7 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     if not steps:
         return z
     gray, space = gray.to(z.device), model.config.space
+    L = lightness(gray)
     # The palette to reach, from as many pixels as the photo has: palettes are compared by sorting.
     wanted = rgb_to_lab(style.to(z.device))[:, 1:]  # (1, 2, h', w')
     wanted = F.interpolate(wanted, gray.shape[2:])  # (1, 2, h, w)
@@ -190,9 +205,9 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     change = torch.zeros_like(z, requires_grad=True)  # the 9 x D numbers that are fitted
     adam = torch.optim.Adam([change], lr=.03)
     for step in range(steps):
-        # What would be shown with this code? Colors that no screen can show do not count.
-        ab = network_to_lab(model.colorize(gray, z + unit * change), gray, space)[:, 1:]
-        shown = rgb_to_lab(lab_to_gamut(torch.cat([lightness(gray), ab], dim=1)))[:, 1:]
+        # What would be shown with this code? Filtered, and colors that no screen can show do not count.
+        slope, offset = guide(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
+        shown = rgb_to_lab(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1)))[:, 1:]
         # Other directions in each step: their spacing times the golden section, so that no two steps agree.
         distance = sliced_wasserstein(shown, wanted, 8, turn=step * .618 % 1).mean()
         # How does the distance change with the code? The weights are frozen and get no gradient.
@@ -389,7 +404,7 @@ def color_pairs(model, photos, styles, files, size, args):
         small = resize_short_side(photo, size)  # (1, 3, h, w), scaled once
         for name, z in zip(names, style_codes(model, small, styles, args)):
             lab = predict(model, gray_of(small), z, args.strength)              # (1, 3, h, w)
-            result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab[:, 1:])
+            result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab)
             files.save(result, f"{path.stem}_{name}")
 
 

@@ -19,10 +19,12 @@ import csv
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import signal
 import sys
 import time
+import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -314,7 +316,8 @@ def build(run, device):
     if initial:
         # Dropout and padding have no weights: they may differ.
         same = initial["model"] | {"dropout": s.dropout, "padding": s.padding}
-        needed = [f"--{k.replace('_', '-')} {v}" for k, v in same.items() if v != getattr(s, k)]
+        needed = [f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (type(v) is not bool)
+                  for k, v in same.items() if v != getattr(s, k)]
         if needed:
             raise UserError(f"holds another network; add {' '.join(needed)}", s.init or run.folder)
         model.load_state_dict(initial["weights"])
@@ -325,9 +328,11 @@ def build(run, device):
     if saved:
         try:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+                # Only Adam's averages are taken from it; the rates are those of the settings.
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
                 for p, of_p in optimizer.state.items():
-                    assert all(v.shape in (p.shape, ()) for v in of_p.values())
+                    assert {k: v.shape for k, v in of_p.items()} == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    assert all(v.layout == torch.strided and v.isfinite().all() for v in of_p.values())
         except Exception:  # a file may hold anything
             raise UserError("its optimizer is damaged; use its weights with --init and another --output",
                             run.folder / "last.pt") from None
@@ -382,6 +387,7 @@ def train(preset, given, resume, dry_run):
     if not processes.rank:
         run.lock()
         run.write_log()  # finds out now, and not after an hour, that the folder cannot be written
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: slower, no more
     loading = dict(num_workers=min(s.workers, os.cpu_count() or 1), worker_init_fn=start_loader,
                    pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
@@ -397,13 +403,8 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, li
     s, next_time = run.s, run.seconds + 6 * run.s.minutes
     passes = s.accumulate * processes.world
     while (progress := run.progress(limit)) < 1:
-        # Load. (Loaders that were stopped together with us have nothing more to give.)
-        try:
-            batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]  # gray, rgb, style each
-        except RuntimeError:
-            if not stop:
-                raise
-            batches = []
+        # Load.
+        batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]   # gray, rgb, style each
 
         # Learn. The seeds are the numbers of the forward passes, over all processes.
         for optimizer, divisor in zip(optimizers, (1, 10)):
@@ -411,15 +412,14 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, li
                 group["lr"] = learning_rate(s, run.step, progress) / divisor
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
-        values = train_step(model, recipe, optimizers, batches, seeds, processes) if batches else {}
-        run.step += len(batches) > 0
+        values = train_step(model, recipe, optimizers, batches, seeds, processes)
+        run.step += 1
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
         values, stopping, run.seconds = processes.agree(values, stop, run.clock())
         if not all(map(math.isfinite, values.values())):
             raise run.diverged("the loss")
-        if values:
-            run.tell(values, limit, recipe.device)
+        run.tell(values, limit, recipe.device)
 
         # Validate and save: every --val-every steps, every tenth of --minutes, and at the end.
         over = run.progress(limit) >= 1
@@ -443,6 +443,8 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
     result = {} if stopping else validate(model, recipe, val_loader)
     if not math.isfinite(result.get("loss", 0)):
         raise run.diverged("the validation loss")
+    if not all(w.isfinite().all() for w in model.state_dict().values()):  # before the log: nothing of it is kept
+        raise run.diverged("a weight")
     run.write_log(optimizers[0].param_groups[0]["lr"], result)
     # best.pt has the lowest validation loss; without any validation so far, the first one is the best.
     if result.get("loss", math.inf) < run.best or not (run.folder / "best.pt").exists():
@@ -489,9 +491,12 @@ class Run:
                                 self.folder)
             before = self.restore(self.folder / "last.pt", preset)
         # Later ones win: the defaults, the preset, what the run was started with, the command line.
-        self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
+        try:
+            self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
+        except ValueError as error:  # the given ones alone were fine, but not together with those of the run
+            raise UserError(f"cannot go on with these options: {error}", self.folder) from None
         now = asdict(self.s)
-        changes = [f"{k} {v!r} -> {now[k]!r}" for k, v in before.items() if v != now[k]]
+        changes = [f"{k} {v!r:.200} -> {now[k]!r:.200}" for k, v in before.items() if v != now[k]]
         if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history = [*self.history, {"until step": self.step, "settings": before}]
@@ -507,9 +512,11 @@ class Run:
             before = asdict(Settings.from_file(saved["settings"]))
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
-            numbers = [self.seconds, self.best, *itertools.chain(*(row.values() for row in self.rows))]
-            assert self.preset in PRESETS and all(type(n) in (int, float) for n in numbers)
-            assert type(self.step) is int and self.rows[-1]["pictures"] % self.step == 0
+            numbers = [self.step, self.seconds, *itertools.chain(*(row.values() for row in self.rows))]
+            assert all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+            assert self.preset in PRESETS and type(self.best) is float and self.best == self.best
+            assert type(self.step) is int and 0 < self.step < 2 ** 31 and self.rows[-1]["pictures"] % self.step == 0
+            assert all(row.keys() >= {"step", "pictures"} for row in self.rows)
         except Exception as error:  # a file may hold anything
             why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
             raise UserError(f"cannot be resumed ({why}); use its weights with --init and another --output",
@@ -577,8 +584,6 @@ class Run:
     def save(self, name, model, optimizers):
         """Write a checkpoint. One whose weights are not finite is worth nothing and replaces no other."""
         weights = model.state_dict()  # BatchNorm's running statistics included
-        if not all(w.isfinite().all() for w in weights.values()):
-            raise self.diverged("a weight")
         # Into memory first. On a full disk Python then says so; torch would speak of zip archives.
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, "preset": self.preset, "model": asdict(model.config), "step": self.step,
@@ -654,12 +659,18 @@ def listen_for_stop(processes):
 
 
 def start_loader(_):
-    """In a loading process: the main process alone answers what the keyboard sends. SIGTERM must be obeyed:
-    with it Python ends the loaders when the main process fails, and then waits for them without a limit."""
-    for name in ("SIGINT", "SIGHUP"):
+    """In a loading process: signals are often sent to the whole group, and the main process alone answers them."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def end_loaders():
+    """Python would end them by SIGTERM, which they ignore, and then wait for them without a limit."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for loader in multiprocessing.active_children():
+        loader.kill()
 
 
 def main(argv=None):
@@ -681,6 +692,8 @@ def main(argv=None):
         if dist.get_rank():
             sys.exit(1)  # the first process says it
         raise UserError("another process has ended, or has not answered for 30 minutes") from None
+    finally:
+        end_loaders()
     if dist.is_initialized():
         # All leave together: torchrun ends the others when one leaves with 130, and a process that leaves
         # right after its last average may crash, as gloo's threads still hold tensors of it.

@@ -174,7 +174,7 @@ def network(path, steps):
     def color(photo, style):
         gray, style = gray_of(resize_short_side(photo, SIZE)), resize_short_side(style, SIZE)
         z = infer.refine(model, gray, style, infer.encode(model, style), steps)
-        return infer.join(photo, infer.predict(model, gray, z)[:, 1:])
+        return infer.join(photo, infer.predict(model, gray, z))
     return color
 
 

@@ -86,7 +86,7 @@ def row(name, folder, photos, paintings):
         lab = infer.predict(model, grays[i], codes[j])
         return rgb_to_lab(lab_to_gamut(lab))[:, 1:]                             # (1, 2, S, S), as a screen shows it
     raw = torch.cat([network_to_rgb(model.colorize(gray, z), gray, space) for gray, z in zip(grays, codes)])
-    joined = [infer.join(p, infer.predict(model, gray, z)[:, 1:]) for p, gray, z in zip(squares, grays, codes)]
+    joined = [infer.join(p, infer.predict(model, gray, z)) for p, gray, z in zip(squares, grays, codes)]
     joined = torch.stack([to_tensor(p) for p in joined]) / 255
     transfer = spread = alive = heard = "-"
     if use_style:

