@@ -68,3 +68,21 @@ def convolve(x, weight, bias, edge):
     x = np.pad(x, [(0, 0), (1, 1), (1, 1)], mode=edge)
     parts = [np.tensordot(weight[:, :, i, j], x[:, i:i + H, j:j + W], axes=1) for i in range(3) for j in range(3)]
     return sum(parts) + bias[:, None, None]
+
+
+def guided(lab, radius, eps):
+    """The guided filter (He, Sun and Tang 2013) with L as the guide: L, a, b (3, H, W) -> slope, offset (2, H, W) each.
+
+    Window by window, as the paper writes it; beyond the border the border repeats.
+    """
+    size, (H, W) = 2 * radius + 1, lab.shape[1:]
+
+    def windows(x):
+        x = np.pad(x, [(0, 0), (radius, radius), (radius, radius)], mode="edge")
+        return np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2)).reshape(len(x), H, W, -1)
+
+    L, ab = windows(lab[:1]), windows(lab[1:])                                         # (1 or 2, H, W, windows' pixels)
+    covariance = ((L - L.mean(-1, keepdims=True)) * (ab - ab.mean(-1, keepdims=True))).mean(-1)
+    slope = covariance / (L.var(-1) + eps)
+    offset = ab.mean(-1) - slope * L.mean(-1)
+    return windows(slope).mean(-1), windows(offset).mean(-1)

@@ -96,25 +96,41 @@ def test_of_a_color_photo_only_the_lightness_is_used(place):
 @pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 100, 7], ids=["rows", "parts of rows", "a few pixels"])
 def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
     photo = draw_scene(1).crop((0, 0, 192, 40))
-    ab = 40 * torch.randn(1, 2, 13, 50, generator=torch.Generator().manual_seed(0))
-    whole = infer.join(photo, ab)
+    lab = 40 * torch.randn(1, 3, 13, 50, generator=torch.Generator().manual_seed(0))
+    whole = infer.join(photo, lab)
     monkeypatch.setattr(infer, "TILE_PIXELS", pixels_at_a_time)
-    tiles = infer.join(photo, ab)
+    tiles = infer.join(photo, lab)
     assert np.abs(np.asarray(whole, int) - np.asarray(tiles, int)).max() <= 1
 
 
-def test_enlarged_colors_are_the_networks_own_without_their_checkerboard():
-    """At the network's own size nothing is enlarged: joining must give its a, b after the filter [1 2 1] / 4."""
-    photo = Image.new("RGB", (24, 32), (128, 128, 128))
-    noise = np.random.default_rng(0).normal(size=(2, 32, 24)) * 4
+def test_guide_is_the_guided_filter():
+    lab = np.random.default_rng(0).normal(size=(3, 14, 21)) * [[[20]], [[9]], [[9]]] + [[[50]], [[12]], [[-9]]]
+    found = infer.guide(torch.from_numpy(lab).float()[None])
+    for one, expected in zip(found, oracle.guided(lab, infer.GUIDE_RADIUS, infer.GUIDE_EPS)):
+        np.testing.assert_allclose(one[0], expected, atol=1e-3)
+
+
+def test_joined_colors_are_the_filtered_ones_without_their_checkerboard():
+    """At the network's own size nothing is enlarged: joining gives the filter's lines, read off at the photo's L."""
+    gray = np.random.default_rng(1).integers(90, 160, (32, 24), np.uint8)
+    L = oracle.lab(gray[None].repeat(3, axis=0) / 255)[:1]
+    ab = np.random.default_rng(0).normal(size=(2, 32, 24)) * 3 + [[[12]], [[-9]]]
     checkerboard = 9 * (-1.) ** np.add.outer(np.arange(32), np.arange(24))
-    answer = noise + [[[12]], [[-9]]] + checkerboard
-    padded = np.pad(noise + [[[12]], [[-9]]], [(0, 0), (1, 1), (1, 1)], mode="edge")
-    expected = sum(w * v * padded[:, i:i + 32, j:j + 24] / 16
-                   for i, w in enumerate([1, 2, 1]) for j, v in enumerate([1, 2, 1]))
-    joined = oracle.lab(np.asarray(infer.join(photo, torch.from_numpy(answer).float()[None])).transpose(2, 0, 1) / 255)
-    inside = (slice(None), slice(1, -1), slice(1, -1))  # at the border the checkerboard's own border shows
-    assert np.abs(joined[1:] - expected)[inside].max() < 1
+    slope, offset = oracle.guided(np.concatenate([L, ab]), infer.GUIDE_RADIUS, infer.GUIDE_EPS)
+    lab = torch.from_numpy(np.concatenate([L, ab + checkerboard])).float()[None]
+    joined = oracle.lab(np.asarray(infer.join(Image.fromarray(gray).convert("RGB"), lab)).transpose(2, 0, 1) / 255)
+    inside = (slice(None), slice(8, -8), slice(8, -8))  # at the border the checkerboard's own border shows
+    assert np.abs(joined[1:] - slope * L - offset)[inside].max() < 2.5
+
+
+def test_enlarged_colors_end_where_the_photo_has_an_edge():
+    """A small answer of two colors, enlarged eight times: the bicubic band of eight pixels is not there."""
+    small = np.zeros((3, 16, 16))
+    small[:, :, :8], small[:, :, 8:] = np.array([40, 25, 0])[:, None, None], np.array([70, -25, 0])[:, None, None]
+    photo = np.repeat(np.where(np.arange(128) < 64, 94, 171).astype(np.uint8)[None], 128, 0)  # L 40 and 70
+    result = infer.join(Image.fromarray(photo).convert("RGB"), torch.from_numpy(small).float()[None])
+    a = oracle.lab(np.asarray(result).transpose(2, 0, 1) / 255)[1, 64]
+    assert a[61:64].min() > 15 and a[64:67].max() < -15
 
 
 def test_strength_zero_is_gray_and_half_is_half(place):
@@ -205,8 +221,10 @@ def test_refining_moves_the_code_downhill(place, space):
     wanted = torch.nn.functional.interpolate(wanted, gray.shape[2:])[0].numpy()        # as many pixels as the photo
 
     def distance(z):
-        lab = network_to_lab(model.colorize(gray, z), gray, space)
-        shown = lab_to_gamut(torch.cat([rgb_to_lab(gray.expand(-1, 3, -1, -1))[:, :1], lab[:, 1:]], dim=1))[0]
+        lab = network_to_lab(model.colorize(gray, z), gray, space)[0].numpy()
+        slope, offset = oracle.guided(lab, infer.GUIDE_RADIUS, infer.GUIDE_EPS)
+        L = oracle.lab(gray[0].numpy().repeat(3, axis=0))[:1]
+        shown = lab_to_gamut(torch.from_numpy(np.concatenate([L, slope * L + offset])).float()[None])[0]
         return oracle.wasserstein(oracle.lab(shown.numpy())[1:], wanted, 8)
 
     unit, levels = z.abs().mean(), z[:, None].repeat(1, 9, 1)

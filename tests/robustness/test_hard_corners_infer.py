@@ -317,12 +317,12 @@ def test_a_thin_picture_is_joined_in_tiles_of_bounded_size(size, monkeypatch):
         return to_tensor(picture)
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0]), np.uint8)
     photo = Image.fromarray(noise).convert("RGB")
-    ab = 30 * torch.randn(1, 2, *(min(n, 60) for n in size[::-1]), generator=torch.Generator().manual_seed(0))
+    lab = 30 * torch.randn(1, 3, *(min(n, 60) for n in size[::-1]), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(infer, "to_tensor", watch)
-    tiles = infer.join(photo, ab)
+    tiles = infer.join(photo, lab)
     assert len(pixels) > 1 and max(pixels) <= infer.TILE_PIXELS and sum(pixels) == size[0] * size[1]
     monkeypatch.setattr(infer, "TILE_PIXELS", 1 << 40)
-    assert np.abs(np.asarray(infer.join(photo, ab), int) - np.asarray(tiles, int)).max() <= 1
+    assert np.abs(np.asarray(infer.join(photo, lab), int) - np.asarray(tiles, int)).max() <= 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
