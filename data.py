@@ -146,14 +146,15 @@ def rotate_hue(rgb, angle):
     return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
 
 
-def sliced_wasserstein(ab, other, n, turn=0.):
+def sliced_wasserstein(ab, other, n, shift=0.):
     """Sliced Wasserstein-1 distance of two palettes, (a, b) values (B, 2, H, W) twice -> (B,).
 
     A palette is a cloud of points in the (a, b) plane; where a color stands in the picture does not matter.
     In one dimension, moving one heap onto another costs least when both are sorted. In the plane this is
-    done along n evenly spaced directions, turned by `turn` of their spacing, and the mean is taken.
+    done along n evenly spaced directions, and the mean is taken; shift, in [0, 1], rotates them all by that
+    part of their spacing.
     """
-    angle = (torch.arange(n, device=ab.device) + turn) * (math.pi / n)
+    angle = (torch.arange(n, device=ab.device) + shift) * (math.pi / n)
     along = torch.stack([angle.cos(), angle.sin()])                             # (2, n)
     a, b = (torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values for x in (ab, other))
     return (a - b).abs().mean((1, 2))                                           # (B, n, HW) -> (B,)
@@ -565,7 +566,7 @@ def save_atomically(path, write):
             part.unlink()
 
 
-def run(main):
+def run_program(main):
     """Run a program's main(); what a person or the machine did wrong becomes one line and exit code 1."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as `>&-` does

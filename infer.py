@@ -8,8 +8,9 @@
 The network only ever sees the photo at about its training size. Its answer, the a and b planes, is enlarged
 to the size of the photo and joined with the photo's own L: as sharp as the input, whatever its size.
 
-    style --resize_short_side--> (1, 3, h', w') --encode--> z (1, D) --refine--.
-    photo --resize_short_side, gray_of--> (1, 1, h, w) ----------predict-------+--> a, b (h, w) --join L--> (H, W)
+    style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D) --refine--> z (1, 9, D)
+    photo --resize_short_side, gray_of--> (1, 1, h, w) --predict with z--> L, a, b (1, 3, h, w)
+    photo (H, W) and L, a, b --join--> picture (H, W)
 """
 import itertools
 import math
@@ -19,12 +20,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+# data comes first: it imports torch, numpy and PIL, and here we can say which of them is missing.
 try:
     from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut, lightness,
                       list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
-                      resize_short_side, rgb_to_lab, rgb_to_network, run, save_atomically, sliced_wasserstein,
+                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically, sliced_wasserstein,
                       to_picture, to_tensor)
-except ModuleNotFoundError as missing:  # torch, numpy or PIL: data.py is the first to import them
+except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -r requirements.txt")
 except KeyboardInterrupt:  # Ctrl-C in the second that torch takes to load
     sys.exit(130)
@@ -38,16 +40,15 @@ from model import Colorizer, ModelConfig
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
-REFINE_STEPS = 10                # more steps take more of the palette, and begin to paint washes into the sky
-GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
+REFINE_STEPS = 10       # more steps take more of the palette, and begin to paint stains into the sky
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
-MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # of the formats
+MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # pixels a format holds
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def pick_device(name):
-    """"auto", "cpu", "cuda" or "mps" -> torch.device. Raises UserError for one that is not there."""
+    """The name of a device, or "auto" -> torch.device. Raises UserError for one that is not there."""
     # MPS is Apple's GPU. "auto" takes the first that is there, in this order of speed.
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -76,7 +77,8 @@ def load_checkpoint(path):
     if type(version) is not int or version not in (1, FORMAT):
         raise UserError(f"is not of checkpoint format {FORMAT}; update the program", path)
     if version == 1:
-        config = {{"color": "space", "style": "use_style"}.get(k, k): v for k, v in config.items()}
+        renamed = {"color": "space", "style": "use_style"}
+        config = {renamed.get(name, name): value for name, value in config.items()}
     # Does it describe a network, and are its weights those of that network?
     try:
         config = ModelConfig.from_file(config)
@@ -128,26 +130,30 @@ def predict(model, gray, z, strength=1.):
     z: (1, D), or one code for each AdaIN layer (1, 9, D). strength scales the chroma: 0 gray, 1 as it is.
     """
     gray = gray.to(model.head.weight.device)
-    # Of an RGB answer only a and b will be used: its own lightness is a blurred copy of the photo's.
+    # The lightness of an RGB answer only guides the enlarging (guide, below); the result has the photo's own.
     lab = network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
     lab[:, 1:] *= strength
     return lab
 
 
+GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
+
+
 def guide(lab):
     """Colors as a function of lightness: L, a, b (B, 3, h, w) -> slope, offset (B, 2, h, w) each.
 
-    The guided filter (He, Sun and Tang 2013): around every pixel, in a box of 9x9, a and b are fitted by straight
-    lines, ab = slope * L + offset. Read off with the small L, the lines are a filter that removes speckle and the
-    checkerboard of the transposed convolutions. Read off with the L of the large photo, they enlarge: colors
-    change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the variance of L below
-    which a box counts as flat.
+    The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted by
+    a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle and
+    without the checkerboard of the transposed convolutions. With the L of the large photo it is ab enlarged:
+    colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the variance of L
+    below which a box counts as flat, and gets one color.
     """
     def mean(x):
         return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), 2 * GUIDE_RADIUS + 1, stride=1)
 
     L, ab = lab[:, :1], lab[:, 1:]
     mean_L, mean_ab = mean(L), mean(ab)
+    # The best line of each box: covariance over variance. Each pixel lies in many boxes: the mean of their lines.
     slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
     return mean(slope), mean(mean_ab - slope * mean_L)
 
@@ -162,22 +168,24 @@ def join(photo, lab):
     planes = [Image.fromarray(plane.numpy()) for plane in torch.cat(guide(lab), dim=1)[0]]  # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", (W, H))
-    # A tile is some whole lines of the photo, or a part of a line that is longer than a tile.
+    # A tile is some whole rows of the photo, or a part of a row that is longer than a tile.
     columns = min(W, TILE_PIXELS)
     rows = max(1, TILE_PIXELS // columns)
     for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
         right, bottom = min(x + columns, W), min(y + rows, H)
         L = rgb_to_lab(to_tensor(photo.crop((x, y, right, bottom)))[None] / 255)[:, :1]  # (1, 1, rows, columns)
-        box, size = (x * w / W, y * h / H, right * w / W, bottom * h / H), (right - x, bottom - y)
+        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)  # the tile, in pixels of the small planes
+        size = (right - x, bottom - y)
         large = [np.array(plane.resize(size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
         slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, columns) each
         # What no screen can show at this lightness loses chroma, never lightness.
-        result.paste(to_picture(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))[0]), (x, y))
+        rgb = lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))           # (1, 3, rows, columns)
+        result.paste(to_picture(rgb[0]), (x, y))
     return result
 
 
 def colorize_photo(model, photo, z, size, strength=1.):
-    """A PIL photo of any size and a code z -> PIL picture. Of a color photo only the L is used."""
+    """predict and join for a PIL photo of any size and a code z -> PIL picture. The photo's colors are not used."""
     gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
     return join(photo, predict(model, gray, z, strength))
 
@@ -197,21 +205,24 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
         return z
     gray, space = gray.to(z.device), model.config.space
     L = lightness(gray)
-    # The palette to reach, from as many pixels as the photo has: palettes are compared by sorting.
+    # The palette to reach. Sorted palettes are compared number by number, so both need equally many pixels;
+    # interpolate takes the nearest pixel, and so invents no colors.
     wanted = rgb_to_lab(style.to(z.device))[:, 1:]  # (1, 2, h', w')
     wanted = F.interpolate(wanted, gray.shape[2:])  # (1, 2, h, w)
     z = z[:, None].repeat(1, model.levels, 1)                                   # (1, 9, D)
-    unit = z.abs().mean()  # of a step: codes of one network may be a hundred times as large as another's
+    # Steps are relative to the size of the code: it may be a hundred times as large as another network's.
+    unit = z.abs().mean()
     change = torch.zeros_like(z, requires_grad=True)  # the 9 x D numbers that are fitted
     adam = torch.optim.Adam([change], lr=.03)
     for step in range(steps):
         # What would be shown with this code? Filtered, and colors that no screen can show do not count.
         slope, offset = guide(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
         shown = rgb_to_lab(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1)))[:, 1:]
-        # Other directions in each step: their spacing times the golden section, so that no two steps agree.
-        distance = sliced_wasserstein(shown, wanted, 8, turn=step * .618 % 1).mean()
+        # Palettes are compared along 8 directions, in each step along other ones: the golden section, .618, as
+        # the shift never repeats.
+        distance = sliced_wasserstein(shown, wanted, 8, shift=step * .618 % 1).mean()
         # How does the distance change with the code? The weights are frozen and get no gradient.
-        change.grad, = torch.autograd.grad(distance, change)
+        change.grad = torch.autograd.grad(distance, change)[0]
         adam.step()
     return (z + unit * change).detach()
 
@@ -223,19 +234,19 @@ def gray_version(picture):
     return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
 
 
-def sheet(model, photos, styles, codes, size, strength=1.):
-    """The figure 8 of some photos: a row each, with the gray photo and its colorings.
+def sheet(model, photos, styles, codes_of, size, strength=1.):
+    """A sheet like the paper's figure 8: a row for each photo, with the gray photo and its colorings.
 
     photos: PIL pictures, of which the centre square is taken; styles: PIL pictures for the first row, or None
-    for an empty cell; codes: a function that gives for a photo's square the codes of its colorings, one a
-    style, in their order. Returns a PIL picture.
+    for an empty cell; codes_of: a function that gives for a photo's square the codes of its colorings, one for
+    each style, in their order. Returns a PIL picture.
     """
     # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos.
     cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
         photo = crop_square(photo, size)
         cells[row, 0] = gray_version(photo)
-        for column, z in enumerate(codes(photo), start=1):
+        for column, z in enumerate(codes_of(photo), start=1):
             cells[row, column] = colorize_photo(model, photo, z, size, strength)
     step = size + 4
     page = Image.new("RGB", ((len(styles) + 1) * step + 4, (len(photos) + 1) * step + 4), "white")
@@ -267,7 +278,7 @@ def draw_curves(rows, colors):
     """
     curves = {name: [(float(row["step"]), math.log10(float(row[name])))
                      for row in rows if float(row.get(name) or 0) > 0] for name in colors}
-    xs, ys = zip(*itertools.chain(*curves.values()), *[(1, 0)] * (not any(curves.values())))
+    xs, ys = zip(*([*itertools.chain(*curves.values())] or [(1, 0)]))  # an empty log gets one dummy point
     right, low, high = max(xs), min(ys) - .02, max(ys) + .02
     page = Image.new("RGB", (640, 400), "white")
     pen = ImageDraw.Draw(page)
@@ -315,7 +326,7 @@ def parse(argv):
         try:
             args.blend = [float(w) for w in args.blend.split(",")]
         except ValueError:
-            args.blend = [0.]
+            args.blend = [0.]  # not numbers: refused below
     for wrong, text in [
             (not args.latents and len(args.pictures) + len(args.styles) < 2,
              "a style picture is missing: name a photo, then a style, as in  python infer.py gray.jpg style.jpg"),
@@ -341,10 +352,10 @@ class Files:
         self.output, self.wanted, self.taken, self.failures = Path(output), wanted, set(), 0
         self.inputs, self.started = {os.path.realpath(path) for path in inputs}, time.monotonic()
         # A name with an ending is a file, unless it is a folder already.
-        self.one = self.output.suffix != "" and not os.path.isdir(output) and not str(output).endswith("/")
-        if self.one and wanted > 1:
+        self.is_file = self.output.suffix != "" and not os.path.isdir(output) and not str(output).endswith("/")
+        if self.is_file and wanted > 1:
             raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
-        if self.one and self.output.suffix.lower() not in EXTENSIONS:
+        if self.is_file and self.output.suffix.lower() not in EXTENSIONS:
             raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new folder "
                             "must end in /", output)
 
@@ -359,7 +370,7 @@ class Files:
 
     def save(self, picture, name):
         """Save as --output, or as `name`.png in that folder; never over an input. Raises UserError."""
-        path = self.output if self.one else self.output / f"{name}.png"
+        path = self.output if self.is_file else self.output / f"{name}.png"
         # a/x.jpg and b/x.jpg would both become x_style.png.
         numbers = itertools.count(2)
         while path in self.taken:
@@ -381,16 +392,21 @@ class Files:
 
 def find_pictures(arguments):
     """Files and folders -> files. A folder without pictures stands for itself, and opening it will fail."""
-    found = [os.path.isdir(a) and list_pictures(a) or [Path(a)] for a in arguments]
-    return list(itertools.chain(*found))
+    found = []
+    for argument in arguments:
+        inside = list_pictures(argument) if os.path.isdir(argument) else []
+        found += inside or [Path(argument)]
+    return found
 
 
 def style_codes(model, small, styles, args):
     """The codes for a small photo (1, 3, h, w), one after the other: one a style, or the blend of all."""
     gray = gray_of(small)                                                       # (1, 1, h, w)
     codes = (refine(model, gray, style, z, args.refine) for _, style, z in styles)
-    # Codes are plain vectors: their weighted mean is a code as well.
-    yield from [sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)] if args.blend else codes
+    if args.blend:  # codes are plain vectors: their weighted mean is a code as well
+        yield sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)
+    else:
+        yield from codes
 
 
 def color_pairs(model, photos, styles, files, size, args):
@@ -413,7 +429,7 @@ def color_grid(model, photos, styles, files, size, args):
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
 
-    def codes(photo):
+    def codes_of(photo):
         """The codes of one row of the sheet."""
         small = to_tensor(photo)[None] / 255                                    # (1, 3, size, size)
         if own:
@@ -422,7 +438,7 @@ def color_grid(model, photos, styles, files, size, args):
 
     if pictures:
         shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]
-        files.save(sheet(model, pictures, [None] * own + shown, codes, size, args.strength), "grid")
+        files.save(sheet(model, pictures, [None] * own + shown, codes_of, size, args.strength), "grid")
 
 
 def show_codes(styles, files):
@@ -445,6 +461,7 @@ def main(argv=None):
     # The last picture is the style; but with --styles a single one is the photo, and --latents has no photo.
     n = 0 if args.latents else max(1, len(args.pictures) - 1)
     photos, style_paths = find_pictures(args.pictures[:n]), find_pictures(args.pictures[n:] + args.styles)
+    # Several files before the last one: somebody may have meant several styles.
     if n > 1 and not any(map(os.path.isdir, args.pictures)):
         print(f"infer.py: {n} photos, and {printable(args.pictures[n])} as their style; more styles go behind "
               "--styles", file=sys.stderr)
@@ -471,10 +488,12 @@ def main(argv=None):
         return 1
     if args.latents:
         show_codes(styles, files)
+    elif args.grid:
+        color_grid(model, photos, styles, files, size, args)
     else:
-        (color_grid if args.grid else color_pairs)(model, photos, styles, files, size, args)
+        color_pairs(model, photos, styles, files, size, args)
     return min(files.failures, 1)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -124,7 +124,7 @@ class LPIPS(nn.Module):
 
 # ---- training losses --------------------------------------------------------------------------------------
 
-def color_loss(out, gray, rgb, space, loss_weights, lpips=None, turn=0.):
+def color_loss(out, gray, rgb, space, loss_weights, lpips=None, shift=0.):
     """The colorization loss of section 2.2.
 
     out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be, (B, 3, H, W).
@@ -138,21 +138,22 @@ def color_loss(out, gray, rgb, space, loss_weights, lpips=None, turn=0.):
     if loss_weights["lpips"]:
         terms["lpips"] = lpips(network_to_rgb(out, gray, space), rgb).mean()
     if loss_weights["palette"]:
-        terms["palette"] = palette_loss(out, rgb, space, turn)
+        terms["palette"] = palette_loss(out, rgb, space, shift)
     loss = sum(loss_weights[k] * v for k, v in terms.items())
     return loss, {k: v.detach() for k, v in terms.items()}
 
 
-def palette_loss(out, rgb, space, turn=0.):
+def palette_loss(out, rgb, space, shift=0.):
     """Distance between the palettes of the network's answer and of a picture; not in the paper.
 
     MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
-    is taken along 8 directions that `turn` of their spacing rotates, at a quarter of the pixels. The output's
-    are means of 2x2, so that the network gains nothing by mixing colors in a checkerboard.
+    is taken along 8 directions; shift rotates them by a part of their spacing. A quarter of the pixels is
+    enough: every second row and column of the picture, and for the output the means of 2x2 pixels, so that
+    the network gains nothing by mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
     wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                       # (B, 2, H/2, W/2)
-    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, turn).mean()
+    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, shift).mean()
 
 
 def pair_loss(ab, lab, pixels=384):
@@ -163,17 +164,21 @@ def pair_loss(ab, lab, pixels=384):
     lightness alone would be a cheap way to that; so pixels of equal lightness and different true color
     stand in the denominator. All pairs of some random pixels; pictures with too few pairs are left out.
     """
-    i = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
+    chosen = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
 
     def distances(x):
-        x = x.flatten(2)[:, :, i]                                               # (B, C, N)
+        """From each of the chosen pixels to each other one, in the units of LAB; 2.3 can just be seen."""
+        x = x.flatten(2)[:, :, chosen]                                          # (B, C, N)
         return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()  # (B, N, N)
 
+    # What had one color: weights that fall off at a distance of about 5. What had equal lightness (about 4) and yet
+    # another color (12 and more).
     true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # without the grain
     same = torch.exp(-(distances(true) / 5).square())                          # (B, N, N), 1 = the same color
     apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
     d = distances(ab)
     near, far = ((w * d).sum((1, 2)) / (w.sum((1, 2)) + 1e-6) for w in (same, apart))   # (B,), (B,)
+    # The 1 keeps a gray answer from 0 / 0. A ratio above 2 is clamped: such a picture gives no gradient.
     ratio = near / (far + 1)
     enough = (apart.mean((1, 2)) > .002).float()                                # (B,)
     return (ratio.clamp(max=2) * enough).sum() / enough.sum().clamp(min=1)

@@ -62,7 +62,8 @@ class ModelConfig:
         """Settings from a dictionary that a file held. Raises ValueError that names what is wrong with it.
 
         A setting that the file lacks is newer than the file and gets its default. One that this program does
-        not know is refused, unless it is False: a switch that was off changes nothing.
+        not know is refused, unless it is False: old files hold switches that are gone, and one that was off
+        changes nothing.
         """
         known = {f.name for f in fields(cls)}
         for name, value in values.items():
@@ -82,8 +83,9 @@ def reflect_pad(x, multiple):
     for dim in (2, 3):
         n = x.shape[dim]
         if n % multiple:
-            i = torch.arange(n + -n % multiple, device=x.device) % max(2 * (n - 1), 1)
-            x = x.index_select(dim, torch.minimum(i, 2 * (n - 1) - i))
+            padded = n + -n % multiple                                          # the next multiple
+            i = torch.arange(padded, device=x.device) % max(2 * (n - 1), 1)    # 0 1 2 3 4 5 0 1 ... for n = 4
+            x = x.index_select(dim, torch.minimum(i, 2 * (n - 1) - i))          # 0 1 2 3 2 1 0 1 ...
     return x
 
 
@@ -136,8 +138,8 @@ class Colorizer(nn.Module):
         self.config = c = config or ModelConfig()
         w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
-        up = [8 * w, 4 * w, 2 * w, w]                         # of the four decoder stages, at their beginning
-        narrow = [4 * w, 2 * w, w, w]                                           # and at their end
+        up = [8 * w, 4 * w, 2 * w, w]                        # channels in which the four decoder stages begin
+        narrow = [4 * w, 2 * w, w, w]                                           # channels in which they end
         self.levels = len(down) + len(up)                                       # nine AdaIN layers
 
         # Encoder. The two deepest stages, whose maps are small and cheap, have 4 convolutions, the others 2.
@@ -192,7 +194,7 @@ class Colorizer(nn.Module):
                 x = F.max_pool2d(x, 2)                                          # (B, C, H/2, W/2)
             x = self.dropout(self.restyle(block(x), z, i))
             skips.append(x)
-        x = skips.pop()                                                         # (B, 8w, H/16, W/16)
+        x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder)):
             x = self.restyle(up(x), z, len(self.encoder) + i)                   # (B, C, 2H, 2W)
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)

@@ -9,8 +9,9 @@
 
     photo, style --(hue)--> gray --model(gray, style)--> out --color_loss--> backward, step
 
-Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again,
-the rest is settings, a folder for the results, and care. A run's folder (--output) holds last.pt, best.pt,
+Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again. The
+rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several GPUs; with
+one process it does nothing). A run's folder (--output) holds last.pt, best.pt,
 log.csv, loss.png and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so
 a resumed run needs no saved random state, and goes on exactly as if it had never stopped.
 """
@@ -30,13 +31,14 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
-from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet  # names a missing package
+# infer comes first: it says which package is missing.
+from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (Batches, Parser, Photos, UserError, find_data, gray_of, network_to_lab, network_to_rgb,
-                  printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run, save_atomically)
+                  printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run_program, save_atomically)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -55,25 +57,24 @@ class Settings(ModelConfig):
     Each one is an option of the command line: batch_size is --batch-size. All of them are saved in the
     checkpoints, so that a run can be repeated and resumed. 0 or "" mostly means "off" or "no limit".
     """
-    # Where from, where to, on what.
     data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded")
     output: str = setting("", "the run's folder (runs/PRESET)")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "another seed gives another run; the same seed gives the same run")
     # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps; on one CPU core that is days,
     # and --minutes is the better way to say how long you are ready to wait.
-    epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", (), 1)
+    epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", low=1)
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
     # accumulate. 64 is four times as fast as 128 and good for a first look.
-    size: int = setting(128, "side of the square crops, a multiple of 16", (), 32, 1024)
-    batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", (), 1)
-    accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", (), 1)
+    size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
+    batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", low=1)
+    accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", low=1)
     train_size: int = setting(50_000, "at most so many training pictures, 0: all")
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
-    workers: int = setting(2 * (sys.platform == "linux"), "processes that load pictures, for speed only")
-    hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", (), 0, 1)
+    workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed only")
+    hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", high=1)
     style_from: str = setting("same", "the style: the photo itself, a turned crop of it, or another photo",
                               ("same", "crop", "other"))
     # The loss (losses.py). The first three decide what the result looks like: mse keeps it near the photo,
@@ -86,26 +87,27 @@ class Settings(ModelConfig):
     pair: float = setting(0., "weight of the loss that keeps one thing in one color")
     style_loss: str = setting("none", "section 3.2: a loss on the codes, added or with its own optimizer",
                               ("none", "combined", "dual"))
-    alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", (), 0, 1)
+    alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", high=1)
     # The optimizer, Adam. If the loss jumps or becomes nan: a smaller lr, a warmup, or clip 1.
     lr: float = setting(1e-4, "Adam's learning rate; higher learns faster, until the loss becomes nan")
     weight_decay: float = setting(0., "decoupled weight decay (AdamW); 0 is plain Adam")
     warmup: int = setting(0, "steps over which the learning rate rises to --lr")
     schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
-    # Running.
-    val_every: int = setting(500, "steps between validations; with --minutes at least about ten a run", (), 1)
+    val_every: int = setting(500, "steps between validations; with --minutes at least about ten a run", low=1)
     init: str = setting("", "checkpoint whose weights to start from, with a new optimizer: fine-tuning")
     amp: bool = setting(False, "compute in bfloat16 where it does no harm: faster on recent GPUs and CPUs")
 
     def check(self):
         """Raise ValueError, naming the setting, for values that cannot be used; returns self."""
         super().check()
+        # The first word is the name of a setting; parse() makes an option of it.
         for wrong, text in [
                 (self.size % 16, "size must be a multiple of 16"),
                 (self.mse + self.lpips + self.palette == 0, "mse, --lpips and --palette are all 0"),
                 (not self.use_style and self.style_loss != "none", "style_loss needs a style encoder"),
-                (not self.use_style and self.pair, "pair needs a style encoder")]:
+                (not self.use_style and self.pair, "pair needs a style encoder"),
+                (self.pair and self.style_loss != "none", "pair does not go together with --style-loss")]:
             if wrong:
                 raise ValueError(text)
         return self
@@ -200,8 +202,9 @@ class Recipe:
         batch: (gray, rgb, style) as prepare gives them; seed: of everything that is random in here.
         """
         s, (gray, rgb, style) = self.s, batch
-        torch.manual_seed(seed)  # of dropout, of the palette's directions, of the pairs' pixels
-        turn = torch.rand(()).item()
+        # Seeds dropout, the palette's directions and the pixels of the pairs.
+        torch.manual_seed(seed)
+        shift = torch.rand(()).item()
 
         # Forward. In the paper the style is the photo itself ("implicit training"): nothing but the wish to
         # restore the photo teaches the style encoder what to put into z.
@@ -209,19 +212,19 @@ class Recipe:
             z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
             out = model.colorize(gray, z).float()                               # (B, 3 or 2, S, S)
         # Losses are computed in float32, outside of autocast.
-        color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, turn)
+        color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, shift)
         losses = {"train_loss": color}
 
         # Ours: half of the batch again, in the colors of the next picture. There is no truth to compare with;
         # but one thing should keep one color, and the palette should be the next picture's.
         if s.pair:
-            half = -(-len(gray) // 2)
+            half = (len(gray) + 1) // 2
             with self.autocast:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, turn)
-            losses = {"train_loss": color + s.pair * pair + s.palette / 2 * palette, "pair_loss": pair}
+            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, shift) / 2  # of half of the batch
+            losses = {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
         if s.style_loss != "none":
@@ -234,7 +237,8 @@ class Recipe:
 def train_step(model, recipe, optimizers, batches, seeds, processes):
     """One step of the optimizer on one or more batches (--accumulate) -> the means of the losses, as numbers.
 
-    batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each.
+    batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each; optimizers: one, or two for
+    solution 2 of section 3.2; processes: averages the gradients of several GPUs, does nothing for one.
     """
     optimizer, values = optimizers[0], {}
 
@@ -244,7 +248,7 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
         (losses["train_loss"] / len(batches)).backward()
-        for name, loss in losses.items():  # item() makes us wait for the GPU; so once here, and nowhere else
+        for name, loss in losses.items():  # item() waits until the GPU has finished: so only here, after all work
             values[name] = values.get(name, 0) + loss.item() / len(batches)
     processes.average([p.grad for p in model.parameters() if p.grad is not None])
 
@@ -255,7 +259,8 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     # Step: Adam moves every weight against its gradient.
     optimizer.step()
 
-    # Section 3.2, solution 2: forward, backward and step again, for the style loss alone.
+    # Section 3.2, solution 2: forward, backward and step again, for the style loss alone. (Forward again, because
+    # the weights have just changed.)
     if recipe.s.style_loss == "dual":
         optimizers[1].zero_grad(set_to_none=True)
         for batch, seed in zip(batches, seeds):
@@ -266,16 +271,18 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
 
 
 def learning_rate(s, step, progress):
-    """The rate at a step, and at a share of the whole run in [0, 1]: warm-up, then constant or a cosine."""
-    lr = s.lr * min(1, (step + 1) / (s.warmup + 1))
-    return lr * (1 + math.cos(math.pi * progress)) / 2 if s.schedule == "cosine" else lr
+    """The learning rate at a step. progress: share of the whole run that is done, in [0, 1]."""
+    lr = s.lr * min(1, (step + 1) / (s.warmup + 1))                      # warm-up: rises over the first steps
+    if s.schedule == "cosine":
+        lr = lr * (1 + math.cos(math.pi * progress)) / 2  # falls from lr to 0, slowly at both ends
+    return lr
 
 
 @torch.no_grad()
 def validate(model, recipe, batches):
     """Measures over the validation set, as a dictionary of means.
 
-    loss, mse, lpips, palette, psnr: each photo with its own colors. transfer: palette transfer with the next
+    loss, mse, lpips, palette, psnr: each photo with its own colors. transfer: palette transfer with another
     picture's colors instead (losses.py). spread: deviation of the style codes over pictures, mean over
     dimensions; near 0, all pictures have the same code.
     """
@@ -291,7 +298,7 @@ def validate(model, recipe, batches):
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
-        # Does it listen? Every photo once more, with the code of the picture before it in the batch.
+        # Does it listen? Every photo once more, with the code of another picture of the batch.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
             d, d_gray = palette_distances(other, style.roll(1, 0))              # (B,), (B,)
@@ -307,19 +314,27 @@ def validate(model, recipe, batches):
 
 # ---- the loop ---------------------------------------------------------------------------------------------
 
+def as_option(name, value):
+    """A setting as one would type it: --batch-size 8, --sigmoid, --no-use-style."""
+    option = name.replace("_", "-")
+    if type(value) is bool:
+        return f"--{option}" if value else f"--no-{option}"
+    return f"--{option} {value}"
+
+
 def build(run, device):
     """The network and its optimizers, as a new run has them or as last.pt left them. Raises UserError."""
     s, saved = run.s, run.saved
-    torch.manual_seed(s.seed)  # of the initial weights
+    torch.manual_seed(s.seed)  # seeds the initial weights
+    # Settings inherits the network's settings from ModelConfig; only those describe the network.
     model = Colorizer(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)}))
     initial = saved or (load_checkpoint(s.init) if s.init else None)
     if initial:
         # Dropout and padding have no weights: they may differ.
         same = initial["model"] | {"dropout": s.dropout, "padding": s.padding}
-        needed = [f"--{'no-' * (v is False)}{k.replace('_', '-')}" + f" {v}" * (type(v) is not bool)
-                  for k, v in same.items() if v != getattr(s, k)]
+        needed = [as_option(k, v) for k, v in same.items() if v != getattr(s, k)]
         if needed:
-            raise UserError(f"holds another network; add {' '.join(needed)}", s.init or run.folder)
+            raise UserError(f"holds another network; add {' '.join(needed)}", run.folder if saved else s.init)
         model.load_state_dict(initial["weights"])
     model.to(device)
     # Section 3.2, solution 2: the second optimizer is for the style loss, with a tenth of the learning rate.
@@ -328,10 +343,11 @@ def build(run, device):
     if saved:
         try:
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                # Only Adam's averages are taken from it; the rates are those of the settings.
+                # Only Adam's averages are taken from the file; rates and the like are those of the settings.
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
                 for p, of_p in optimizer.state.items():
-                    assert {k: v.shape for k, v in of_p.items()} == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    assert {k: v.shape for k, v in of_p.items()} == shapes
                     assert all(v.layout == torch.strided and v.isfinite().all() for v in of_p.values())
         except Exception:  # a file may hold anything
             raise UserError("its optimizer is damaged; use its weights with --init and another --output",
@@ -341,72 +357,79 @@ def build(run, device):
 
 def train(preset, given, resume, dry_run):
     """All that the loop needs: data, networks, where to go on; then the loop. Returns the exit code."""
-    # What, and on what?
     run = Run(preset, given, resume, dry_run)
     s, device = run.s, pick_device(run.s.device)
-    if s.amp and (device.type == "mps" or device.type == "cuda" and not torch.cuda.is_bf16_supported(False)):
+    no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
     processes = Processes(device)
 
-    # Data, frozen networks, the network.
+    # Data and networks. The first process goes first and downloads what is missing; the others wait here, until
+    # it has come to its own wait(), and find everything ready.
     if processes.rank:
-        processes.wait()  # what the first process downloads, the others find ready
+        processes.wait()
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
     recipe = Recipe(s, device)
     if not processes.rank:
         processes.wait()
     model, optimizers = build(run, device)
 
-    # How long? A step is `passes` forward passes, over all processes, and sees per_step pictures. A resumed run
-    # keeps the pictures a step: their order is counted in them.
+    # How long? A step is `passes` forward passes, over all processes, and sees per_step pictures.
     passes = s.accumulate * processes.world
     run.per_step = s.batch_size * passes
-    limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * len(training) / run.per_step))
+    if s.steps:
+        run.limit = s.steps
+    elif s.minutes:
+        run.limit = sys.maxsize  # the clock alone ends the run
+    else:
+        run.limit = math.ceil(s.epochs * len(training) / run.per_step)
+    # The order of the pictures is counted in steps: a resumed run must keep the number of pictures in a step.
     if run.rows and run.rows[-1]["pictures"] != run.step * run.per_step:
         had = run.rows[-1]["pictures"] // run.step
         raise UserError(f"its steps are of {had} pictures, not {run.per_step}: --batch-size x --accumulate x "
                         "processes must stay the same", run.folder)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{run.preset}: {parameters:,} parameters, {len(training)} training and {len(validation)} validation "
-          f"pictures, {device}, from step {run.step}")
-    if run.progress(limit) >= 1:
+    print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training "
+          f"and {len(validation)} validation pictures, {device}, from step {run.step}")
+    if run.progress() >= 1:
         print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give "
               "it more with --steps, --epochs or --minutes")
         return 0
 
-    # The loaders: endless training batches, and the validation pictures once.
+    # Endless training batches, every process taking its own; and the validation pictures, in batches of 16.
     photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
-    order = Batches(len(photos), s.batch_size, s.seed, run.step * passes + processes.rank, processes.world)
+    order = Batches(len(photos), s.batch_size, s.seed, start=run.step * passes + processes.rank,
+                    every=processes.world)
     val_photos = Photos(validation, s.size, s.seed, False)
-    val_order = [[(0, i) for i in range(len(validation))[a:a + 16]] for a in range(0, len(validation), 16)]
+    val_items = [(0, i) for i in range(len(validation))]  # (epoch, index)
+    val_order = [val_items[a:a + 16] for a in range(0, len(validation), 16)]
     if dry_run:
-        limit, val_order = 1, val_order[:1]
+        run.limit, val_order = 1, val_order[:1]
 
     # From here on Ctrl-C is answered, and the folder is ours.
     stop = listen_for_stop(processes)
     if not processes.rank:
         run.lock()
-        run.write_log()  # finds out now, and not after an hour, that the folder cannot be written
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: slower, no more
-    loading = dict(num_workers=min(s.workers, os.cpu_count() or 1), worker_init_fn=start_loader,
-                   pin_memory=device.type == "cuda")
+        run.write_log()  # without a new row; a folder that cannot be written shows now, and not after an hour
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: only slower
+    loading = dict(num_workers=s.workers, worker_init_fn=start_loader, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
     val_loader = DataLoader(val_photos, batch_sampler=val_order, **loading)
-    return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, limit)
+    return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop)
 
 
-def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, limit):
+def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
     """Step after step, until the run has had its steps or its minutes, or until somebody stops it.
 
-    stop: a list that a signal makes non-empty; limit: the number of steps. Returns the exit code.
+    stop: a list that a signal makes non-empty. Returns the exit code.
     """
-    s, next_time = run.s, run.seconds + 6 * run.s.minutes
-    passes = s.accumulate * processes.world
-    while (progress := run.progress(limit)) < 1:
+    s, passes = run.s, recipe.s.accumulate * processes.world
+    tenth = 60 * s.minutes / 10  # seconds
+    next_validation = run.seconds + tenth
+    while (progress := run.progress()) < 1:
         # Load.
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]   # gray, rgb, style each
 
-        # Learn. The seeds are the numbers of the forward passes, over all processes.
+        # Learn. Every forward pass of every process has a number, which with --seed makes its seed.
         for optimizer, divisor in zip(optimizers, (1, 10)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(s, run.step, progress) / divisor
@@ -419,16 +442,17 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop, li
         values, stopping, run.seconds = processes.agree(values, stop, run.clock())
         if not all(map(math.isfinite, values.values())):
             raise run.diverged("the loss")
-        run.tell(values, limit, recipe.device)
+        run.tell(values, recipe.device)
 
         # Validate and save: every --val-every steps, every tenth of --minutes, and at the end.
-        over = run.progress(limit) >= 1
-        if over or stopping or run.step % s.val_every == 0 or (s.minutes and run.seconds >= next_time):
+        over = run.progress() >= 1
+        if over or stopping or run.step % s.val_every == 0 or (s.minutes and run.seconds >= next_validation):
             processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
             if not processes.rank:
                 report(run, model, recipe, optimizers, val_loader, stopping)
-            # Validation may take a sixth of the time, no more.
-            next_time = run.clock() + max(6 * s.minutes, 5 * (run.clock() - run.seconds))
+            # The next one comes after a tenth of the run, or after five times what this one took.
+            *_, now = processes.agree({}, stop, run.clock())
+            next_validation = now + max(tenth, 5 * (now - run.seconds))
         if stopping:
             print(f"stopped at step {run.step}; --output {printable(run.folder)} --resume goes on from here")
             return 130
@@ -451,7 +475,7 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
         run.best = result.get("loss", math.inf)
         run.save("best.pt", model, optimizers)
     run.save("last.pt", model, optimizers)
-    # Numbers do not show whether colors sit on things. The strip does: look at it.
+    # Numbers do not show whether colors sit on things. Look at the strip.
     page = sample(model, val_loader.dataset, run.s)
     save_atomically(run.folder / "samples" / f"{run.step:07d}.png", page.save)
 
@@ -476,8 +500,9 @@ class Run:
     """A run: its folder and settings, how far it has come, its log.
 
     folder; preset, the name, and s, the settings; step and seconds, from the beginning, earlier sessions
-    counted; best, the lowest validation loss; rows, those of log.csv; saved, the checkpoint that the run
-    was resumed from, or None; per_step, pictures a step (set by train).
+    counted; best, the lowest validation loss; rows, those of log.csv; history, earlier settings; saved, the
+    checkpoint that the run was resumed from, or None; per_step, pictures in a step, and limit, steps of the
+    whole run (train sets both).
     """
 
     def __init__(self, preset, given, resume, dry_run):
@@ -502,8 +527,8 @@ class Run:
             self.history = [*self.history, {"until step": self.step, "settings": before}]
         self.folder = self.folder / "dry-run" if dry_run else self.folder
         self.started = time.monotonic() - self.seconds  # earlier sessions count
-        # Sums of the losses since the last row of the log, of how many steps; time and step of the last line.
-        self.sums, self.count, self.told = {}, 0, (time.monotonic(), self.step)
+        self.sums, self.count = {}, 0                          # of the losses of the steps since the last row
+        self.told = (time.monotonic(), self.step)              # when the last line was printed, at which step
 
     def restore(self, last, preset):
         """Go back to where last.pt ends -> its settings. Raises UserError for what is no run of ours."""
@@ -514,9 +539,10 @@ class Run:
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
             numbers = [self.step, self.seconds, *itertools.chain(*(row.values() for row in self.rows))]
             assert all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-            assert self.preset in PRESETS and type(self.best) is float and self.best == self.best
-            assert type(self.step) is int and 0 < self.step < 2 ** 31 and self.rows[-1]["pictures"] % self.step == 0
             assert all(row.keys() >= {"step", "pictures"} for row in self.rows)
+            assert self.preset in PRESETS and type(self.best) is float and not math.isnan(self.best)
+            assert type(self.step) is int and 0 < self.step < 2 ** 31
+            assert self.rows[-1]["pictures"] % self.step == 0
         except Exception as error:  # a file may hold anything
             why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
             raise UserError(f"cannot be resumed ({why}); use its weights with --init and another --output",
@@ -531,7 +557,8 @@ class Run:
         self.lock_file = open(self.folder / ".lock", "w")
         try:
             # lockf and not flock: the loaders, copies of this process, do not inherit it and cannot keep it.
-            fcntl and fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError("another train.py is at work here; choose another --output",
                             self.folder) from None
@@ -542,18 +569,18 @@ class Run:
         """Seconds that the run has taken, earlier sessions counted."""
         return time.monotonic() - self.started
 
-    def progress(self, limit):
+    def progress(self):
         """Share of the run that is done, by steps or by time, whichever is more."""
-        return max(self.step / limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
+        return max(self.step / self.limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
 
-    def tell(self, values, limit, device):
+    def tell(self, values, device):
         """Count a step's losses; once a minute, on a terminal once a second, say how it goes."""
         self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
         self.count += 1
         now, (then, step), terminal = time.monotonic(), self.told, sys.stdout.isatty()
         if now - then < (1 if terminal else 60):
             return
-        left = self.seconds * (1 / self.progress(limit) - 1) / 60  # minutes, if it goes on as it went
+        left = self.seconds * (1 / self.progress() - 1) / 60  # minutes, if it goes on as it went
         peak = f"  {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" if device.type == "cuda" else ""
         print(f"\rstep {self.step}  loss {self.sums['train_loss'] / self.count:.4f}  "
               f"{(self.step - step) * self.per_step / (now - then):.1f} images/s  {left:.1f} min left{peak} ",
@@ -582,7 +609,7 @@ class Run:
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
 
     def save(self, name, model, optimizers):
-        """Write a checkpoint. One whose weights are not finite is worth nothing and replaces no other."""
+        """Write a checkpoint. (report has made sure that its weights are finite.)"""
         weights = model.state_dict()  # BatchNorm's running statistics included
         # Into memory first. On a full disk Python then says so; torch would speak of zip archives.
         buffer = io.BytesIO()
@@ -602,7 +629,7 @@ class Run:
 # ---- several processes, and signals -----------------------------------------------------------------------
 
 class Processes:
-    """The processes that torchrun has started. Without torchrun there is one, and nothing here does a thing."""
+    """The processes that torchrun has started. Without torchrun there is one, and all of this does nothing."""
 
     def __init__(self, device):
         self.rank, self.world = 0, 1
@@ -621,7 +648,7 @@ class Processes:
             sys.stdout = open(os.devnull, "w")  # all do the same; the first one tells, validates and writes
 
     def wait(self):
-        """Until all have come here."""
+        """Wait until all processes have come here."""
         if self.world > 1:
             dist.barrier()
 
@@ -630,9 +657,10 @@ class Processes:
 
         (DistributedDataParallel does it faster, but for one forward pass a step; the pair loss takes two.)
         """
-        for t in tensors if self.world > 1 else ():
-            dist.all_reduce(t)
-            t /= self.world
+        if self.world > 1:
+            for t in tensors:
+                dist.all_reduce(t)  # the sum
+                t /= self.world
 
     def agree(self, values, stopping, seconds):
         """Losses, whether to stop, and the clock: the same for all processes, so that they decide alike."""
@@ -647,7 +675,8 @@ def listen_for_stop(processes):
     stop = []
 
     def on_signal(number, _):
-        if stop and processes.world == 1:  # torchrun passes on what has reached us already
+        # (torchrun sends its processes what they have got from the terminal already: twice means nothing then.)
+        if stop and processes.world == 1:
             sys.exit(130)
         stop.append(number)
 
@@ -666,7 +695,7 @@ def start_loader(_):
 
 
 def end_loaders():
-    """Python would end them by SIGTERM, which they ignore, and then wait for them without a limit."""
+    """Kill the loading processes. Python would send SIGTERM, which they ignore, and wait for them for ever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for loader in multiprocessing.active_children():
@@ -703,4 +732,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

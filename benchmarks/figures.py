@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import infer  # noqa: E402
-from data import crop_square, gray_of, open_picture, resize_short_side, run  # noqa: E402
+from data import crop_square, gray_of, open_picture, resize_short_side, run_program  # noqa: E402
 
 PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
 GAP, LINE = 4, 20  # pixels between pictures; height of a caption
@@ -108,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 from data import (crop_square, gray_of, lab_to_gamut, list_pictures, open_picture, resize_short_side,  # noqa: E402
-                  rgb_to_lab, run, to_picture, to_tensor)
+                  rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
 SIZE = 128
@@ -254,4 +254,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

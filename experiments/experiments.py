@@ -30,7 +30,7 @@ sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
 import variants  # noqa: E402 (beside this file)
 from data import (crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
-                  resize_short_side, rgb_to_lab, rgb_to_network, run, sliced_wasserstein, to_picture, to_tensor)
+                  resize_short_side, rgb_to_lab, run_program, sliced_wasserstein, to_picture, to_tensor)
 from figures import strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
 
@@ -161,4 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 import train  # noqa: E402
-from data import Parser, UserError, run, save_atomically  # noqa: E402
+from data import Parser, UserError, run_program, save_atomically  # noqa: E402
 from model import Colorizer  # noqa: E402
 
 NAMES, FILE = ("relu", "scales", "encoder", "resize"), "variants.txt"
@@ -81,4 +81,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

@@ -501,7 +501,7 @@ def test_a_program_whose_pictures_have_all_vanished_ends_with_one_line(tmp_path,
     photos = Photos([tmp_path / "gone.png"], 8, 0, True)
     loader = DataLoader(photos, batch_sampler=Batches(1, 1, 0, 0), num_workers=workers)
     with pytest.raises(SystemExit) as end:
-        data.run(lambda: next(iter(loader)))
+        data.run_program(lambda: next(iter(loader)))
     assert len(end.value.code.splitlines()) == 1 and "--data" in end.value.code
 
 

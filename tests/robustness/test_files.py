@@ -740,7 +740,7 @@ def fail(error):
     (lambda: open("/no/such/file"), 1, "/no/such/file")], ids=range(8))
 def test_what_a_person_or_the_machine_did_wrong_becomes_one_line(main, code, text):
     with pytest.raises(SystemExit) as end:
-        data.run(main)
+        data.run_program(main)
     if text:  # sys.exit prints a text to stderr, and the code is 1
         assert text in end.value.code and len(end.value.code.splitlines()) == 1
     else:
@@ -749,14 +749,14 @@ def test_what_a_person_or_the_machine_did_wrong_becomes_one_line(main, code, tex
 
 def test_a_bug_is_not_hidden():
     with pytest.raises(RuntimeError, match="a bug"):
-        data.run(lambda: fail(RuntimeError("a bug")))
+        data.run_program(lambda: fail(RuntimeError("a bug")))
 
 
 def test_a_name_that_the_terminal_cannot_print_is_printed_escaped(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
     with pytest.raises(SystemExit):
-        data.run(lambda: print("\u540d"))
+        data.run_program(lambda: print("\u540d"))
     assert terminal.buffer.getvalue() == b"\\u540d\n"
 
 

@@ -16,7 +16,6 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -166,7 +165,7 @@ def test_kill_9_ends_the_loaders_too_and_releases_the_folder(tmp_path):
 @POSIX
 def test_an_exception_that_nobody_foresaw_ends_the_program(tmp_path):
     """The traceback must be followed by the end, with loading processes at work."""
-    bug = "import sys, train; train.train_step = lambda *_: {}[0]; train.run(train.main)"
+    bug = "import sys, train; train.train_step = lambda *_: {}[0]; train.run_program(train.main)"
     process = subprocess.Popen([sys.executable, "-c", bug, *TINY, *LONG, str(tmp_path / "run")], cwd=TOP, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True)
     code, _, err = end(process)
@@ -562,7 +561,7 @@ def test_large_pictures_are_decoded_one_at_a_time(album, monkeypatch):
 @LINUX
 def test_memory_that_does_not_suffice_is_one_line(tmp_path):
     limited = ("import resource, sys, train; used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
-               "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10 ** 8,) * 2); sys.argv[0] = 'train.py'; train.run(train.main)")
+               "resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 10 ** 8,) * 2); sys.argv[0] = 'train.py'; train.run_program(train.main)")
     process = subprocess.Popen([sys.executable, "-c", limited, *TINY, "--size", "1024", "--batch-size", "64", "--width", "64",
                                 "--output", str(tmp_path / "run")], cwd=TOP, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True)
