@@ -572,6 +572,7 @@ def run_program(main):
         if getattr(sys, name) is None:  # closed by the caller, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))
         getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot print
+    code = None
     try:
         try:
             code = main()
@@ -585,8 +586,9 @@ def run_program(main):
             code = "the memory is full: choose a smaller --size or --batch-size, or a smaller picture"
         sys.stdout.flush()  # or a full disk behind `>` would be found only after the end
     except OSError as error:
-        code = f"{printable(error.filename or 'output')}: {first_line(error)}"
         if error.filename is None:  # stdout is full, or its reader has left as `| head` does: no more of it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 1 if isinstance(error, BrokenPipeError) else code
+        if not code:  # what went wrong before is worth more
+            where = printable(error.filename or "output")
+            code = 1 if isinstance(error, BrokenPipeError) else f"{where}: {first_line(error)}"
     sys.exit(f"{Path(sys.argv[0]).name}: {code}" if isinstance(code, str) else code)

@@ -40,7 +40,7 @@ from model import Colorizer, ModelConfig
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
-REFINE_STEPS = 10       # more steps take more of the palette, and begin to paint stains into the sky
+REFINE_STEPS = 5       # more steps take more of the palette, and begin to paint stains into the sky
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # pixels a format holds
 
@@ -213,7 +213,7 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     # Steps are relative to the size of the code: it may be a hundred times as large as another network's.
     unit = z.abs().mean()
     change = torch.zeros_like(z, requires_grad=True)  # the 9 x D numbers that are fitted
-    adam = torch.optim.Adam([change], lr=.03)
+    adam = torch.optim.Adam([change], lr=.06)
     for step in range(steps):
         # What would be shown with this code? Filtered, and colors that no screen can show do not count.
         slope, offset = guide(network_to_lab(model.colorize(gray, z + unit * change), gray, space))

@@ -14,7 +14,7 @@ from PIL import Image
 import infer
 import oracle
 from data import (UserError, crop_square, draw_scene, gray_of, lab_to_gamut, network_to_lab, open_picture,
-                  resize_short_side, rgb_to_lab, run, to_picture, to_tensor)
+                  resize_short_side, rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import palette_distances
 from model import Colorizer, ModelConfig
 
@@ -55,7 +55,7 @@ def call(*arguments):
 def outcome(*arguments, capsys, program=infer):
     """The program as if called on the command line, in this process -> (exit code, stdout and stderr)."""
     with pytest.raises(SystemExit) as end:
-        run(lambda: program.main([*map(str, arguments)]))
+        run_program(lambda: program.main([*map(str, arguments)]))
     captured = capsys.readouterr()
     message = f"{end.value.code}\n" if isinstance(end.value.code, str) else ""  # Python prints it when it exits
     return 1 if message else end.value.code or 0, captured.out + captured.err + message

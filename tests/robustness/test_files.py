@@ -762,7 +762,7 @@ def test_a_name_that_the_terminal_cannot_print_is_printed_escaped(monkeypatch):
 
 def program(body, redirected):
     """Run `body` as the main() of a program whose streams the shell has redirected -> (exit code, stderr)."""
-    code = f"import sys, data\ndef main():\n    {body}\ndata.run(main)"
+    code = f"import sys, data\ndef main():\n    {body}\ndata.run_program(main)"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # it would hide what comes late
     shell = ["bash", "-c", f'"$@" {redirected}; exit ${{PIPESTATUS[0]}}', "bash"]
     done = subprocess.run([*shell, sys.executable, "-c", code], cwd=os.path.dirname(data.__file__), env=environment,
