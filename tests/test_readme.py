@@ -8,7 +8,7 @@ import infer
 import train
 
 TOP = Path(train.__file__).parent
-PAGES = [TOP / "README.md", *sorted(TOP.glob("*/README.md"))]
+PAGES = [TOP / "README.md", *sorted(TOP.glob("[a-z]*/README.md"))]
 TEXT = {page: page.read_text() for page in PAGES}
 
 
