@@ -329,7 +329,7 @@ def test_a_thin_picture_is_joined_in_tiles_of_bounded_size(size, monkeypatch):
 def test_memory_that_does_not_suffice_is_one_line(place):  # noqa: F811
     limited = (f"import sys; sys.path.insert(0, {str(TOP)!r}); import resource, infer; "
                "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize(); "
-               "resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 10 ** 8,) * 2); sys.argv[0] = 'infer.py'; infer.run(infer.main)")
+               "resource.setrlimit(resource.RLIMIT_AS, (used + 4 * 10 ** 8,) * 2); sys.argv[0] = 'infer.py'; infer.run_program(infer.main)")
     done = subprocess.run([sys.executable, "-c", limited, "photos/gray.png", "styles/a.png", "--size", "4096", "--weights", "net.pt",
                            "--device", "cpu"], capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT)
     assert done.returncode == 1 and "memory" in message(done.stderr) and "--size" in done.stderr
