@@ -134,6 +134,7 @@ def test_sigterm_saves_the_step_in_hand_and_says_how_to_go_on(tmp_path, group):
 
 def test_ctrl_c_before_the_first_validation_leaves_a_checkpoint_and_a_sample(tmp_path, capsys):
     run = tmp_path / "run"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
 
     def interrupt():
         while not (run / "log.csv").exists():  # written when the handlers are in place
