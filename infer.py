@@ -24,8 +24,8 @@ from pathlib import Path
 try:
     from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut, lightness,
                       list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
-                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically, sliced_wasserstein,
-                      to_picture, to_tensor)
+                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
+                      sliced_wasserstein, to_picture, to_tensor)
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -r requirements.txt")
 except KeyboardInterrupt:  # Ctrl-C in the second that torch takes to load
@@ -40,9 +40,10 @@ from model import Colorizer, ModelConfig
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
-REFINE_STEPS = 5       # more steps take more of the palette, and begin to paint stains into the sky
+REFINE_STEPS = 5                 # more steps take more of the palette, and begin to paint stains into the sky
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
-MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}  # pixels a format holds
+# The longest side that each format can store; the others have no limit that a picture of ours could reach.
+MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -72,7 +73,8 @@ def load_checkpoint(path):
         version, size = checkpoint["format"], checkpoint["settings"]["size"]
         config, weights = dict(checkpoint["model"]), dict(checkpoint["weights"])
     except Exception:  # whatever it is, the cure is the same
-        raise UserError("not a checkpoint of this program, or a damaged one; train.py writes best.pt", path) from None
+        raise UserError("not a checkpoint of this program, or a damaged one; train.py writes best.pt",
+                        path) from None
     # Of a format that we know?
     if type(version) is not int or version not in (1, FORMAT):
         raise UserError(f"is not of checkpoint format {FORMAT}; update the program", path)
@@ -142,8 +144,8 @@ GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, les
 def guide(lab):
     """Colors as a function of lightness: L, a, b (B, 3, h, w) -> slope, offset (B, 2, h, w) each.
 
-    The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted by
-    a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle and
+    The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted
+    by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle and
     without the checkerboard of the transposed convolutions. With the L of the large photo it is ab enlarged:
     colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the variance of L
     below which a box counts as flat, and gets one color.
@@ -153,7 +155,7 @@ def guide(lab):
 
     L, ab = lab[:, :1], lab[:, 1:]
     mean_L, mean_ab = mean(L), mean(ab)
-    # The best line of each box: covariance over variance. Each pixel lies in many boxes: the mean of their lines.
+    # The best line of each box: covariance over variance. A pixel lies in many boxes: the mean of their lines.
     slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
     return mean(slope), mean(mean_ab - slope * mean_L)
 
@@ -185,7 +187,7 @@ def join(photo, lab):
 
 
 def colorize_photo(model, photo, z, size, strength=1.):
-    """predict and join for a PIL photo of any size and a code z -> PIL picture. The photo's colors are not used."""
+    """predict and join for a PIL photo of any size and a code z -> PIL picture; its own colors are not used."""
     gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
     return join(photo, predict(model, gray, z, strength))
 
@@ -238,8 +240,8 @@ def sheet(model, photos, styles, codes_of, size, strength=1.):
     """A sheet like the paper's figure 8: a row for each photo, with the gray photo and its colorings.
 
     photos: PIL pictures, of which the centre square is taken; styles: PIL pictures for the first row, or None
-    for an empty cell; codes_of: a function that gives for a photo's square the codes of its colorings, one for
-    each style, in their order. Returns a PIL picture.
+    for an empty cell; codes_of: a function that gives for a photo's square the codes of its colorings, one
+    for each style, in their order. Returns a PIL picture.
     """
     # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos.
     cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
@@ -258,13 +260,14 @@ def sheet(model, photos, styles, codes_of, size, strength=1.):
 def histograms(codes, names):
     """Figures 5 and 7: one histogram for each code (N, D), all on the same axis. Returns a PIL picture."""
     top = max(codes.abs().max().item(), 1e-6)  # the axis goes from -top to top, in 40 bars
-    counts = torch.stack([torch.histc(z, 40, -top, top) for z in codes])        # (N, 40)
+    counts = torch.stack([torch.histc(z, 40, -top, top) for z in codes])  # (N, 40)
+    highest = counts.max().item()
     page = Image.new("RGB", (420, 110 * len(names)), "white")
     pen = ImageDraw.Draw(page)
     for row, (name, bars) in enumerate(zip(names, counts)):
         y = 110 * row + 88
         for i, n in enumerate(bars.tolist()):
-            pen.rectangle([10 + 10 * i, y - 66 * n / counts.max().item(), 18 + 10 * i, y], fill="steelblue")
+            pen.rectangle([10 + 10 * i, y - 66 * n / highest, 18 + 10 * i, y], fill="steelblue")
         pen.text((10, y - 84), ascii(name)[1:-1][:60], fill="black")
         for x, value in [(10, -top), (200, 0), (370, top)]:
             pen.text((x, y + 2), f"{value:.3g}", fill="gray")
@@ -344,8 +347,9 @@ def parse(argv):
 class Files:
     """The files of one call: which of them could not be read, and where results go.
 
-    output: as on the command line; inputs: paths that must not be overwritten; wanted: how many results will
-    be saved. failures counts the pictures that could not be read. Raises UserError for an impossible output.
+    output: as on the command line; inputs: paths that must not be overwritten; wanted: how many results
+    will be saved. failures counts the pictures that could not be read. Raises UserError for an impossible
+    output.
     """
 
     def __init__(self, output, inputs, wanted):
@@ -399,9 +403,8 @@ def find_pictures(arguments):
     return found
 
 
-def style_codes(model, small, styles, args):
-    """The codes for a small photo (1, 3, h, w), one after the other: one a style, or the blend of all."""
-    gray = gray_of(small)                                                       # (1, 1, h, w)
+def style_codes(model, gray, styles, args):
+    """The codes for a small gray photo (1, 1, h, w), one after the other: one a style, or the blend of all."""
     codes = (refine(model, gray, style, z, args.refine) for _, style, z in styles)
     if args.blend:  # codes are plain vectors: their weighted mean is a code as well
         yield sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)
@@ -417,9 +420,9 @@ def color_pairs(model, photos, styles, files, size, args):
     """
     names = ["blend"] if args.blend else [name for name, *_ in styles]
     for path, photo in files.open(photos):
-        small = resize_short_side(photo, size)  # (1, 3, h, w), scaled once
-        for name, z in zip(names, style_codes(model, small, styles, args)):
-            lab = predict(model, gray_of(small), z, args.strength)              # (1, 3, h, w)
+        gray = gray_of(resize_short_side(photo, size))  # (1, 1, h, w), made once for all styles
+        for name, z in zip(names, style_codes(model, gray, styles, args)):
+            lab = predict(model, gray, z, args.strength)  # (1, 3, h, w)
             result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab)
             files.save(result, f"{path.stem}_{name}")
 
@@ -431,10 +434,11 @@ def color_grid(model, photos, styles, files, size, args):
 
     def codes_of(photo):
         """The codes of one row of the sheet."""
-        small = to_tensor(photo)[None] / 255                                    # (1, 3, size, size)
+        small = to_tensor(photo)[None] / 255  # (1, 3, size, size)
+        gray = gray_of(small)  # (1, 1, size, size)
         if own:
-            yield refine(model, gray_of(small), small, encode(model, small), args.refine)
-        yield from style_codes(model, small, styles, args)
+            yield refine(model, gray, small, encode(model, small), args.refine)
+        yield from style_codes(model, gray, styles, args)
 
     if pictures:
         shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]
@@ -456,7 +460,7 @@ def show_codes(styles, files):
 
 
 def main(argv=None):
-    """Which pictures, which network, which styles; then one of three ways to show them. Returns the exit code."""
+    """Which pictures, which network, which styles; then one of three ways to show them -> the exit code."""
     args = parse(argv)
     # The last picture is the style; but with --styles a single one is the photo, and --latents has no photo.
     n = 0 if args.latents else max(1, len(args.pictures) - 1)

@@ -9,11 +9,11 @@
 
     photo, style --(hue)--> gray --model(gray, style)--> out --color_loss--> backward, step
 
-Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again. The
-rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several GPUs; with
-one process it does nothing). A run's folder (--output) holds last.pt, best.pt,
-log.csv, loss.png and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so
-a resumed run needs no saved random state, and goes on exactly as if it had never stopped.
+Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again.
+The rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several GPUs;
+with one process it does nothing). A run's folder (--output) holds last.pt, best.pt, log.csv, loss.png and
+samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so a resumed run needs no
+saved random state, and goes on exactly as if it had never stopped.
 """
 import contextlib
 import csv
@@ -38,7 +38,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (Batches, Parser, Photos, UserError, find_data, gray_of, network_to_lab, network_to_rgb,
-                  printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run_program, save_atomically)
+                  printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run_program,
+                  save_atomically)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -113,8 +114,8 @@ class Settings(ModelConfig):
         return self
 
 
-# A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs to a
-# place in the paper; experiments/README.md says what came out.
+# A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs to
+# a place in the paper; experiments/README.md says what came out.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
     # Table 3, the default: a U-Net so small that it has to look at the style.
@@ -703,7 +704,7 @@ def end_loaders():
 
 
 def main(argv=None):
-    """Parse, train, and say in one line what the machine did wrong. (data.run does it for all the rest.)"""
+    """Parse, train, and say in one line what the machine did wrong. (data.run_program does it for all the rest.)"""
     arguments = parse(argv)
     try:
         code = train(*arguments)
