@@ -23,7 +23,7 @@ def normalize(x, eps):
     """
     B, C, H, W = x.shape
     x = x.reshape(1, B * C, H, W)
-    # training=True: with the mu and sigma of this input, not with stored ones. momentum: of the stored ones, unused.
+    # training=True: with the mu and sigma of this input, not with stored ones; momentum is for stored ones.
     x = torch.batch_norm(x, weight=None, bias=None, running_mean=None, running_var=None, training=True,
                          momentum=0., eps=eps, cudnn_enabled=False)             # (1, B*C, H, W)
     return x.view(B, C, H, W)

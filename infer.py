@@ -22,8 +22,8 @@ from pathlib import Path
 
 # data comes first: it imports torch, numpy and PIL, and here we can say which of them is missing.
 try:
-    from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut, lightness,
-                      list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
+    from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut,
+                      lightness, list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
                       resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
                       sliced_wasserstein, to_picture, to_tensor)
 except ModuleNotFoundError as missing:
@@ -145,18 +145,19 @@ def guide(lab):
     """Colors as a function of lightness: L, a, b (B, 3, h, w) -> slope, offset (B, 2, h, w) each.
 
     The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted
-    by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle and
-    without the checkerboard of the transposed convolutions. With the L of the large photo it is ab enlarged:
-    colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the variance of L
-    below which a box counts as flat, and gets one color.
+    by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle
+    and without the checkerboard of the transposed convolutions. With the L of the large photo it is ab
+    enlarged: colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the
+    variance of L below which a box counts as flat, and gets one color.
     """
     def mean(x):
         return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), 2 * GUIDE_RADIUS + 1, stride=1)
 
     L, ab = lab[:, :1], lab[:, 1:]
     mean_L, mean_ab = mean(L), mean(ab)
-    # The best line of each box: covariance over variance. A pixel lies in many boxes: the mean of their lines.
+    # The best line of each box: covariance over variance.
     slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
+    # A pixel lies in many boxes: the mean of their lines.
     return mean(slope), mean(mean_ab - slope * mean_L)
 
 
@@ -175,7 +176,8 @@ def join(photo, lab):
     rows = max(1, TILE_PIXELS // columns)
     for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
         right, bottom = min(x + columns, W), min(y + rows, H)
-        L = rgb_to_lab(to_tensor(photo.crop((x, y, right, bottom)))[None] / 255)[:, :1]  # (1, 1, rows, columns)
+        tile = to_tensor(photo.crop((x, y, right, bottom)))[None] / 255  # (1, 3, rows, columns)
+        L = rgb_to_lab(tile)[:, :1]  # (1, 1, rows, columns)
         box = (x * w / W, y * h / H, right * w / W, bottom * h / H)  # the tile, in pixels of the small planes
         size = (right - x, bottom - y)
         large = [np.array(plane.resize(size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
@@ -187,7 +189,10 @@ def join(photo, lab):
 
 
 def colorize_photo(model, photo, z, size, strength=1.):
-    """predict and join for a PIL photo of any size and a code z -> PIL picture; its own colors are not used."""
+    """predict and join for a PIL photo of any size and a code z -> PIL picture.
+
+    Of a color photo only the lightness is used.
+    """
     gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
     return join(photo, predict(model, gray, z, strength))
 
@@ -220,8 +225,8 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
         # What would be shown with this code? Filtered, and colors that no screen can show do not count.
         slope, offset = guide(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
         shown = rgb_to_lab(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1)))[:, 1:]
-        # Palettes are compared along 8 directions, in each step along other ones: the golden section, .618, as
-        # the shift never repeats.
+        # Palettes are compared along 8 directions, in each step along other ones: the golden section, .618,
+        # as the shift never repeats.
         distance = sliced_wasserstein(shown, wanted, 8, shift=step * .618 % 1).mean()
         # How does the distance change with the code? The weights are frozen and get no gradient.
         change.grad = torch.autograd.grad(distance, change)[0]
@@ -317,8 +322,8 @@ def parse(argv):
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the network's own small picture, not joined with the photo")
-    add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, in "
-                                            "its own colors if it has any), then a column a style")
+    add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, "
+                                            "in its own colors if it has any), then a column a style")
     add("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
     add("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
     add("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
@@ -356,12 +361,13 @@ class Files:
         self.output, self.wanted, self.taken, self.failures = Path(output), wanted, set(), 0
         self.inputs, self.started = {os.path.realpath(path) for path in inputs}, time.monotonic()
         # A name with an ending is a file, unless it is a folder already.
-        self.is_file = self.output.suffix != "" and not os.path.isdir(output) and not str(output).endswith("/")
+        is_folder = os.path.isdir(output) or str(output).endswith("/")
+        self.is_file = self.output.suffix != "" and not is_folder
         if self.is_file and wanted > 1:
             raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
         if self.is_file and self.output.suffix.lower() not in EXTENSIONS:
-            raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new folder "
-                            "must end in /", output)
+            raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new "
+                            "folder must end in /", output)
 
     def open(self, paths):
         """(path, picture) of those that can be read; any other gets a line and counts as a failure."""
@@ -404,7 +410,7 @@ def find_pictures(arguments):
 
 
 def style_codes(model, gray, styles, args):
-    """The codes for a small gray photo (1, 1, h, w), one after the other: one a style, or the blend of all."""
+    """The codes for a small gray photo (1, 1, h, w), one after the other: one for each style, or their blend."""
     codes = (refine(model, gray, style, z, args.refine) for _, style, z in styles)
     if args.blend:  # codes are plain vectors: their weighted mean is a code as well
         yield sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)
@@ -467,11 +473,11 @@ def main(argv=None):
     photos, style_paths = find_pictures(args.pictures[:n]), find_pictures(args.pictures[n:] + args.styles)
     # Several files before the last one: somebody may have meant several styles.
     if n > 1 and not any(map(os.path.isdir, args.pictures)):
-        print(f"infer.py: {n} photos, and {printable(args.pictures[n])} as their style; more styles go behind "
-              "--styles", file=sys.stderr)
+        style = printable(args.pictures[n])
+        print(f"infer.py: {n} photos, and {style} as their style; more styles go behind --styles", file=sys.stderr)
     if args.blend and len(args.blend) != len(style_paths):
-        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles go "
-                        "behind --styles")
+        raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles "
+                        "go behind --styles")
     # Everything that can be wrong is found out before the first picture is made.
     weights = PAPER if args.weights == "paper" else args.weights
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))

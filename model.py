@@ -117,7 +117,7 @@ class StyleEncoder(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in zip(widths, widths[1:]))
         self.sigmoid = sigmoid
         for conv in self.convs:
-            # torch's own weights make the signal 2.4 times smaller in each layer: all codes would start alike.
+            # torch's own weights make the signal 2.4 times smaller in each layer: codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 

@@ -10,10 +10,10 @@
     photo, style --(hue)--> gray --model(gray, style)--> out --color_loss--> backward, step
 
 Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again.
-The rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several GPUs;
-with one process it does nothing). A run's folder (--output) holds last.pt, best.pt, log.csv, loss.png and
-samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so a resumed run needs no
-saved random state, and goes on exactly as if it had never stopped.
+The rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several
+GPUs; with one process it does nothing). A run's folder (--output) holds last.pt, best.pt, log.csv, loss.png
+and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so a resumed run
+needs no saved random state, and goes on exactly as if it had never stopped.
 """
 import contextlib
 import csv
@@ -62,7 +62,7 @@ class Settings(ModelConfig):
     output: str = setting("", "the run's folder (runs/PRESET)")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "another seed gives another run; the same seed gives the same run")
-    # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps; on one CPU core that is days,
+    # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps. On one CPU core that is days,
     # and --minutes is the better way to say how long you are ready to wait.
     epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", low=1)
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
@@ -114,8 +114,8 @@ class Settings(ModelConfig):
         return self
 
 
-# A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs to
-# a place in the paper; experiments/README.md says what came out.
+# A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs
+# to a place in the paper; experiments/README.md says what came out.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
     # Table 3, the default: a U-Net so small that it has to look at the style.
@@ -244,12 +244,12 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     optimizer, values = optimizers[0], {}
 
     # Forward and backward. backward() adds to the gradients that are there: after the last batch they hold a
-    # sum, which is the mean, because each loss was divided by the number of batches. Then the processes' mean.
+    # sum, which is the mean, because each loss was divided by their number. Then the mean over processes.
     optimizer.zero_grad(set_to_none=True)
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
         (losses["train_loss"] / len(batches)).backward()
-        for name, loss in losses.items():  # item() waits until the GPU has finished: so only here, after all work
+        for name, loss in losses.items():  # item() waits for the GPU: so only here, after all of its work
             values[name] = values.get(name, 0) + loss.item() / len(batches)
     processes.average([p.grad for p in model.parameters() if p.grad is not None])
 
@@ -260,8 +260,8 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     # Step: Adam moves every weight against its gradient.
     optimizer.step()
 
-    # Section 3.2, solution 2: forward, backward and step again, for the style loss alone. (Forward again, because
-    # the weights have just changed.)
+    # Section 3.2, solution 2: forward, backward and step again, for the style loss alone. (Forward again,
+    # because the weights have just changed.)
     if recipe.s.style_loss == "dual":
         optimizers[1].zero_grad(set_to_none=True)
         for batch, seed in zip(batches, seeds):
@@ -365,8 +365,8 @@ def train(preset, given, resume, dry_run):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
     processes = Processes(device)
 
-    # Data and networks. The first process goes first and downloads what is missing; the others wait here, until
-    # it has come to its own wait(), and find everything ready.
+    # Data and networks. The first process goes first and downloads what is missing; the others wait here,
+    # until it has come to its own wait(), and find everything ready.
     if processes.rank:
         processes.wait()
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
@@ -468,7 +468,8 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
     result = {} if stopping else validate(model, recipe, val_loader)
     if not math.isfinite(result.get("loss", 0)):
         raise run.diverged("the validation loss")
-    if not all(w.isfinite().all() for w in model.state_dict().values()):  # before the log: nothing of it is kept
+    # Before the log is written: of such a step nothing is kept.
+    if not all(w.isfinite().all() for w in model.state_dict().values()):
         raise run.diverged("a weight")
     run.write_log(optimizers[0].param_groups[0]["lr"], result)
     # best.pt has the lowest validation loss; without any validation so far, the first one is the best.
@@ -553,7 +554,7 @@ class Run:
         return before
 
     def lock(self):
-        """Refuse a folder in which another run is at work. The lock ends with this process, however it ends."""
+        """Refuse a folder in which another run is at work. The lock ends with this process, in any case."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_file = open(self.folder / ".lock", "w")
         try:
@@ -589,7 +590,7 @@ class Run:
         self.told = now, self.step
 
     def write_log(self, lr=None, result=None):
-        """Add a row to log.csv, the means of the losses since the last row and the validation; draw loss.png."""
+        """Add a row to log.csv: means of the losses since the last row, and the validation. Draw loss.png."""
         if self.count:
             losses = {name: value / self.count for name, value in self.sums.items()}
             losses |= {f"val_{name}": value for name, value in result.items()}
@@ -622,7 +623,9 @@ class Run:
 
     def diverged(self, what):
         """The error to raise for a number that is not finite."""
-        kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite" if self.rows else "nothing saved"
+        kept = "nothing saved"
+        if self.rows:
+            kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite"
         return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g}) "
                          f"or --clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
 
@@ -630,7 +633,7 @@ class Run:
 # ---- several processes, and signals -----------------------------------------------------------------------
 
 class Processes:
-    """The processes that torchrun has started. Without torchrun there is one, and all of this does nothing."""
+    """The processes that torchrun has started. Without it there is one, and all of this does nothing."""
 
     def __init__(self, device):
         self.rank, self.world = 0, 1
@@ -676,7 +679,7 @@ def listen_for_stop(processes):
     stop = []
 
     def on_signal(number, _):
-        # (torchrun sends its processes what they have got from the terminal already: twice means nothing then.)
+        # (torchrun sends its processes what the terminal has sent them already: twice means nothing then.)
         if stop and processes.world == 1:
             sys.exit(130)
         stop.append(number)
@@ -689,14 +692,14 @@ def listen_for_stop(processes):
 
 
 def start_loader(_):
-    """In a loading process: signals are often sent to the whole group, and the main process alone answers them."""
+    """In a loading process: signals often go to the whole group; the main process alone answers them."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def end_loaders():
-    """Kill the loading processes. Python would send SIGTERM, which they ignore, and wait for them for ever."""
+    """Kill the loading processes. Python would send SIGTERM, which they ignore, and wait for ever."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for loader in multiprocessing.active_children():
@@ -704,7 +707,7 @@ def end_loaders():
 
 
 def main(argv=None):
-    """Parse, train, and say in one line what the machine did wrong. (data.run_program does it for all the rest.)"""
+    """Parse, train, and say in one line what the machine did wrong. (data.run_program says all the rest.)"""
     arguments = parse(argv)
     try:
         code = train(*arguments)
