@@ -284,10 +284,11 @@ def validate(model, recipe, batches):
     """Measures over the validation set, as a dictionary of means.
 
     loss, mse, lpips, palette, psnr: each photo with its own colors. transfer: palette transfer with another
-    picture's colors instead (losses.py). spread: deviation of the style codes over pictures, mean over
-    dimensions; near 0, all pictures have the same code.
+    picture's colors instead (losses.py). listens: how much those other colors change the output's palette, as
+    a share of how much the palettes of the two photos differ; 0 for a network that ignores the style. spread:
+    deviation of the style codes over pictures, mean over dimensions; near 0, all pictures have the same code.
     """
-    s, sums, count, codes, W, W_gray = recipe.s, {}, 0, [], 0, 0
+    s, sums, count, codes, distances = recipe.s, {}, 0, [], 0
     model.eval()  # no dropout; BatchNorm with its running statistics
     for batch in batches:
         gray, rgb, style = recipe.prepare(batch)
@@ -302,13 +303,16 @@ def validate(model, recipe, batches):
         # Does it listen? Every photo once more, with the code of another picture of the batch.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
-            d, d_gray = palette_distances(other, style.roll(1, 0))              # (B,), (B,)
-            W, W_gray = W + d.sum().item(), W_gray + d_gray.sum().item()
+            missed, from_gray = palette_distances(other, style.roll(1, 0))      # (B,), (B,)
+            changed, _ = palette_distances(shown, other)
+            differ, _ = palette_distances(rgb, rgb.roll(1, 0))
+            distances += torch.stack([missed, from_gray, changed, differ]).sum(1)   # (4,)
             codes.append(z)
     model.train()
     result = {name: value / count for name, value in sums.items()}
     if s.use_style:
-        result["transfer"] = 1 - W / max(W_gray, 1e-6)
+        missed, from_gray, changed, differ = distances.clamp(min=1e-6).tolist()
+        result["transfer"], result["listens"] = 1 - missed / from_gray, changed / differ
         result["spread"] = torch.cat(codes).std(0, correction=0).mean().item()
     return result
 

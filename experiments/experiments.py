@@ -2,13 +2,11 @@
 
     python experiments/experiments.py RUNS PHOTOS PAINTINGS [--figures FOLDER]
 
-A row for each run in the folder RUNS. From the last row of its log.csv: pictures seen, losses, psnr, transfer
+A row for each run in the folder RUNS. From the last row of its log.csv: pictures seen, losses, psnr, transfer, listens
 (train.py, validate). Measured here with its last.pt, at the size it was trained at:
 
     spread   deviation of the style codes over the first 100 of PAINTINGS, mean over dimensions, as infer.py --latents
     alive    dimensions in which that deviation is above .01
-    listens  how much another photo's code changes the output's palette, as a share of how much the palettes of the
-             photos themselves differ: 0 for a network that ignores the code, about 1 for one that takes all of it
     psnr L   of the first 100 of PHOTOS in their own colors, joined with the photo's L as infer.py does, in dB
     grid     what all outputs have in common at the same place of 4x4 pixels, in steps of 1/255: the difference of
              output and photo, averaged over pictures and 4x4 blocks (the outer quarters aside); its deviation.
@@ -30,7 +28,7 @@ sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
 import variants  # noqa: E402 (beside this file)
 from data import (crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
-                  resize_short_side, rgb_to_lab, run_program, sliced_wasserstein, to_picture, to_tensor)
+                  resize_short_side, run_program, to_picture, to_tensor)
 from figures import strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
 
@@ -46,22 +44,6 @@ def grid(out, truth):
     N, C, S, _ = error.shape
     blocks = error.reshape(N, C, S // 4, 4, S // 4, 4).mean((0, 2, 4))                # (3, 4, 4)
     return 255 * blocks.flatten(1).std(1, correction=0).mean().item()
-
-
-def listens(color, truth):
-    """Share of the photos' own differences in palette that the style code brings into the outputs.
-
-    color(i, j): a, b (1, 2, h, w) of photo i colored with the code of photo j; truth: the photos' own a, b
-    (N, 2, S, S). A sum over pairs of W(color(i, i), color(i, j)), over the same sum of W(truth i, truth j), where W
-    is the palette distance. The pairs: each photo with those a quarter, a half and three quarters of the list away.
-    """
-    changed = differ = 0
-    for i in range(len(truth)):
-        own = color(i, i)
-        for j in ((i + k * len(truth) // 4) % len(truth) for k in (1, 2, 3)):
-            changed += sliced_wasserstein(own, color(i, j), 32).item()
-            differ += sliced_wasserstein(truth[i:i + 1], truth[j:j + 1], 32).item()
-    return changed / max(differ, 1e-6)
 
 
 def load(folder):
@@ -82,18 +64,14 @@ def row(name, folder, photos, paintings):
     grays = gray_of(truth).split(1)                                             # N x (1, 1, S, S)
     codes = [infer.encode(model, rgb) if use_style else None for rgb in truth.split(1)]
 
-    def color(i, j):
-        lab = infer.predict(model, grays[i], codes[j])
-        return rgb_to_lab(lab_to_gamut(lab))[:, 1:]                             # (1, 2, S, S), as a screen shows it
     raw = torch.cat([network_to_rgb(model.colorize(gray, z), gray, space) for gray, z in zip(grays, codes)])
     joined = [infer.join(p, infer.predict(model, gray, z)) for p, gray, z in zip(squares, grays, codes)]
     joined = torch.stack([to_tensor(p) for p in joined]) / 255
     transfer = spread = alive = heard = "-"
     if use_style:
         deviation = torch.cat([infer.encode(model, resize_short_side(p, size)) for p in paintings]).std(0, correction=0)
-        transfer, spread, alive = (f"{float(log['val_transfer']):.2f}", f"{deviation.mean():.3g}",
-                                   f"{(deviation > .01).sum()} / {len(deviation)}")
-        heard = f"{listens(color, rgb_to_lab(truth)[:, 1:]):.3f}"
+        transfer, heard = (f"{float(log[name]):.2f}" for name in ("val_transfer", "val_listens"))
+        spread, alive = f"{deviation.mean():.3g}", f"{(deviation > .01).sum()} / {len(deviation)}"
     cells = [name, f"{sum(p.numel() for p in model.parameters()):,}", f"{int(log['pictures']):,}",
              f"{float(log['train_loss']):.4f}", f"{float(log['val_loss']):.4f}", f"{float(log['val_psnr']):.2f}",
              f"{psnr(joined, truth).mean():.2f}", transfer, spread, alive, heard, f"{grid(raw, truth):.2f}"]

@@ -303,10 +303,51 @@ def test_validation_of_a_network_that_answers_gray():
     mse = ((x - gray) ** 2).mean((1, 2, 3))
     assert result["mse"] == pytest.approx(mse.mean(), rel=1e-4) and result["loss"] == pytest.approx(mse.mean(), rel=1e-4)
     assert result["psnr"] == pytest.approx((-10 * np.log10(mse)).mean(), rel=1e-4)
-    assert result["transfer"] == pytest.approx(0, abs=1e-3)
+    assert result["transfer"] == pytest.approx(0, abs=1e-3) and result["listens"] == pytest.approx(0, abs=1e-3)
     codes = model.encode_style(torch.tensor(x, dtype=torch.float32)).detach().numpy()
     assert result["spread"] == pytest.approx(codes.std(0).mean(), rel=1e-4)
     assert model.training  # validation hands the network back as it was
+
+
+class Repeats(torch.nn.Module):
+    """In place of a network: its code is the picture itself, and it answers with a part of it, turned upside down."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def encode_style(self, style):
+        return style
+
+    def colorize(self, gray, z):
+        return self.share * z.flip(2)
+
+
+@pytest.mark.parametrize("share", [0., .3, 1.])
+def test_listening_is_the_share_of_the_photos_differences_that_a_network_repeats(share):
+    recipe = train.Recipe(train.Settings(size=32, lpips=0., space="lab", hue_rotation=0.), torch.device("cpu"))
+    # Lightness 60 and weak colors: no share of them leaves what a screen can show.
+    ab = 10 * np.random.default_rng(0).normal(size=(3, 2, 1, 1)) + np.random.default_rng(1).normal(size=(3, 2, 32, 32))
+    lab = np.concatenate([np.full((3, 1, 32, 32), 60.), ab], axis=1)
+    photos = torch.from_numpy((255 * np.stack([oracle.rgb(x) for x in lab])).round().clip(0, 255).astype(np.uint8))
+    result = train.validate(Repeats(share), recipe, [(photos, photos, torch.zeros(3))])
+    assert result["listens"] == pytest.approx(share, abs=.01)
+    true = [oracle.lab(x / 255.)[1:] for x in photos.numpy()]
+    d = [[oracle.wasserstein(share * true[i - 1], true[i - 1], 32), oracle.wasserstein(0 * true[i], true[i - 1], 32)]
+         for i in range(3)]
+    missed, from_gray = np.sum(d, axis=0)
+    assert result["transfer"] == pytest.approx(1 - missed / from_gray, abs=.01)
+
+
+def test_a_network_whose_style_branch_is_cut_listens_0():
+    recipe, model, batches = learner()
+    loader = [(torch.stack([Photos([1, 2, 3], 32, 0, False)[0, i][0] for i in range(3)]),) * 2 + (torch.zeros(3),)]
+    for layer in model.adain:
+        layer.affine.weight.data *= 100
+    assert train.validate(model, recipe, loader)["listens"] > .02
+    for layer in model.adain:
+        layer.affine.weight.data.zero_()
+    assert train.validate(model, recipe, loader)["listens"] == pytest.approx(0, abs=1e-4)
 
 
 # ---- learning ---------------------------------------------------------------------------------------------
