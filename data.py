@@ -19,12 +19,10 @@ import socket
 import sys
 import tarfile
 import tempfile
-import threading
 import uuid
 import warnings
 import zipfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -166,10 +164,8 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
 CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"}  # Pillow reads none
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
-LARGE = 16_000_000              # pixels from which only one picture is decoded at a time, to bound the memory
-one_large = threading.Lock()
 
-# EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when any other tag of the file is broken.)
+# EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when another tag of the file is broken.)
 Turn = Image.Transpose
 UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
            6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
@@ -190,13 +186,12 @@ def open_picture(path, at_least=None):
         with Image.open(path) as file:
             if at_least:  # only JPEG can; the others ignore it
                 file.draft("RGB", (at_least, at_least))
-            with one_large if file.width * file.height > LARGE else contextlib.nullcontext():
-                file.load()
-                try:
-                    turn = UPRIGHT.get(file.getexif().get(274))
-                except Exception:  # broken EXIF is common, and no reason to refuse the pixels
-                    turn = None
-                return to_rgb(file.transpose(turn) if turn is not None else file)
+            file.load()
+            try:
+                turn = UPRIGHT.get(file.getexif().get(274))
+            except Exception:  # broken EXIF is common, and no reason to refuse the pixels
+                turn = None
+            return to_rgb(file if turn is None else file.transpose(turn))
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
         known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; scale it down first",
                  Image.UnidentifiedImageError: "not a picture format that Pillow knows",
@@ -292,25 +287,24 @@ def list_pictures(folder):
 def drop_gray_and_broken(paths, limit):
     """The first `limit` readable pictures that are not gray; says on stderr what was left out.
 
-    Gray photos in training teach one thing only, to answer gray; in validation they reward it.
+    Gray photos in training teach one thing only, to answer gray; in validation they reward it. (About a
+    millisecond a picture: a JPEG is decoded at an eighth of its size.)
     """
-    kept, gray, broken = [], [], []
-
-    def look(path):
-        """Where this one belongs, and what to put there."""
+    kept, gray, broken = [], 0, []
+    for path in paths:
+        if len(kept) == limit:  # a small limit need not read the whole folder
+            break
         try:
             chroma = mean_chroma(open_picture(path, at_least=32))
         except UserError as error:
-            return broken, str(error)
-        return (gray if chroma < MIN_CHROMA else kept), path
-
-    with ThreadPoolExecutor() as pool:
-        while paths and len(kept) < limit:  # a small limit need not read the whole folder
-            chunk, paths = paths[:limit - len(kept)], paths[limit - len(kept):]
-            for where, what in pool.map(look, chunk):
-                where.append(what)
+            broken.append(str(error))
+            continue
+        if chroma < MIN_CHROMA:
+            gray += 1
+        else:
+            kept.append(path)
     if gray:
-        print(f"left out {len(gray)} gray pictures (mean chroma below {MIN_CHROMA:g})", file=sys.stderr)
+        print(f"left out {gray} gray pictures (mean chroma below {MIN_CHROMA:g})", file=sys.stderr)
     if broken:
         some = "\n  ".join(broken[:10] + [f"and {len(broken) - 10} more"] * (len(broken) > 10))
         print(f"left out {len(broken)} unreadable pictures:\n  {some}", file=sys.stderr)
@@ -331,16 +325,14 @@ def find_data(source, train_size, val_size, seed):
     folder = Path(source or imagenette())
     if not os.path.isdir(folder):
         raise UserError("is no folder; --data takes a folder of pictures or the word synthetic", folder)
-    rng = np.random.default_rng(seed)
     split = os.path.isdir(folder / "train") and os.path.isdir(folder / "val")
-    train = list_pictures(folder / "train" if split else folder)
-    rng.shuffle(train)
-    if split:  # the folder says itself what is for validation
-        val = list_pictures(folder / "val")
-        rng.shuffle(val)
-    else:
-        n = min(val_size, math.ceil(len(train) / 5))  # at most a fifth is held back for validation
-        train, val = train[n:], train[:n]
+    found = [list_pictures(folder / name) for name in (("train", "val") if split else ("",))]
+    rng = np.random.default_rng(seed)
+    for paths in found:  # a limited train_size is a random choice, and not the first folder's pictures
+        rng.shuffle(paths)
+    # Either the folder says itself what is for validation, or a fifth of it at most is held back.
+    n = min(val_size, math.ceil(len(found[0]) / 5))
+    train, val = found if split else (found[0][n:], found[0][:n])
     train, val = drop_gray_and_broken(train, train_size), drop_gray_and_broken(val, val_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
@@ -478,6 +470,8 @@ def download(url, path, sha256, cure):
 def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     """The folder of Imagenette2-160 (9,469 + 3,925 photos, 99 MB), downloaded and unpacked on first use.
 
+    Ten classes of ImageNet at a short side of 160 pixels: enough to learn from, small enough for a laptop.
+
     Members of the archive that would land outside the folder are refused. Raises UserError.
     """
     archive = Path(folder, url.rsplit("/", 1)[-1])
@@ -567,7 +561,11 @@ def save_atomically(path, write):
 
 
 def run_program(main):
-    """Run a program's main(); what a person or the machine did wrong becomes one line and exit code 1."""
+    """Run a program's main(); what a person or the machine did wrong becomes one line and exit code 1.
+
+    A UserError, a full disk, a full memory and Ctrl-C (130) are such; any other exception is a bug of ours,
+    and its traceback is what somebody needs to mend it.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as `>&-` does
             setattr(sys, name, open(os.devnull, "w"))
@@ -583,7 +581,8 @@ def run_program(main):
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and "memory" not in str(error):
                 raise
-            code = "the memory is full: choose a smaller --size or --batch-size, or a smaller picture"
+            code = ("the memory is full: a smaller --size or picture needs less; in training, halve "
+                    "--batch-size and double --accumulate, add --amp, or take --lpips-net alex")
         sys.stdout.flush()  # or a full disk behind `>` would be found only after the end
     except OSError as error:
         if error.filename is None:  # stdout is full, or its reader has left as `| head` does: no more of it

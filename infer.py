@@ -11,6 +11,10 @@ to the size of the photo and joined with the photo's own L: as sharp as the inpu
     style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D) --refine--> z (1, 9, D)
     photo --resize_short_side, gray_of--> (1, 1, h, w) --predict with z--> L, a, b (1, 3, h, w)
     photo (H, W) and L, a, b --join--> picture (H, W)
+
+The sections follow this way: a checkpoint is read; encode, predict and join are the paper's method; refine,
+which is ours, improves the code; then come drawings of several results, and last the command line, where
+`main` is the place to begin.
 """
 import itertools
 import math
@@ -111,7 +115,8 @@ def check_weights(weights, config):
 def load_model(path, device="cpu"):
     """A checkpoint file -> (the network, ready to use and its weights frozen; the size it was trained at)."""
     checkpoint = load_checkpoint(path)
-    model = Colorizer(ModelConfig(**checkpoint["model"]))  # the checkpoint alone says what to build
+    # The checkpoint alone says what to build: no option of the command line can contradict it.
+    model = Colorizer(ModelConfig(**checkpoint["model"]))
     model.load_state_dict(checkpoint["weights"])  # shipped files hold half precision; here it becomes float32
     # eval(): else dropout would go on, and BatchNorm would normalize with the one picture that it gets.
     return model.to(device).eval().requires_grad_(False), checkpoint["settings"]["size"]
@@ -155,7 +160,7 @@ def guide(lab):
 
     L, ab = lab[:, :1], lab[:, 1:]
     mean_L, mean_ab = mean(L), mean(ab)
-    # The best line of each box: covariance over variance.
+    # The best line of each box, as in any linear regression: covariance over variance.
     slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
     # A pixel lies in many boxes: the mean of their lines.
     return mean(slope), mean(mean_ab - slope * mean_L)
@@ -248,7 +253,7 @@ def sheet(model, photos, styles, codes_of, size, strength=1.):
     for an empty cell; codes_of: a function that gives for a photo's square the codes of its colorings, one
     for each style, in their order. Returns a PIL picture.
     """
-    # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos.
+    # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos; the rest stays white.
     cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
         photo = crop_square(photo, size)
@@ -270,10 +275,10 @@ def histograms(codes, names):
     page = Image.new("RGB", (420, 110 * len(names)), "white")
     pen = ImageDraw.Draw(page)
     for row, (name, bars) in enumerate(zip(names, counts)):
-        y = 110 * row + 88
+        y = 110 * row + 88  # where the bars stand
         for i, n in enumerate(bars.tolist()):
             pen.rectangle([10 + 10 * i, y - 66 * n / highest, 18 + 10 * i, y], fill="steelblue")
-        pen.text((10, y - 84), ascii(name)[1:-1][:60], fill="black")
+        pen.text((10, y - 84), ascii(name)[1:-1][:60], fill="black")  # the font has no others
         for x, value in [(10, -top), (200, 0), (370, top)]:
             pen.text((x, y + 2), f"{value:.3g}", fill="gray")
     return page
@@ -295,14 +300,17 @@ def draw_curves(rows, colors):
         """A step and a log10 -> the place on the page."""
         return 60 + 560 * x / right, 20 + 350 * (high - y) / (high - low)
 
-    for i in range(5):  # five lines with their values, five steps
+    # Five horizontal lines with their values, and five steps below.
+    for i in range(5):
         x, y = right * i / 4, low + (high - low) * i / 4
         pen.line([place(0, y), place(right, y)], fill="gainsboro")
         pen.text((6, place(0, y)[1] - 6), f"{10 ** y:.4g}", fill="gray")
         pen.text((place(x, y)[0] - 12, 378), f"{x:.0f}", fill="gray")
+    # The curves, their points as dots, and their names in the color of the line.
     for i, (name, curve) in enumerate((name, curve) for name, curve in curves.items() if curve):
-        pen.line([place(*point) for point in curve], fill=colors[name], width=2)
-        for x, y in (place(*point) for point in curve):
+        points = [place(*point) for point in curve]
+        pen.line(points, fill=colors[name], width=2)
+        for x, y in points:
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colors[name])
         pen.text((60 + 100 * i, 4), name.replace("_", " "), fill=colors[name])
     return page
@@ -311,7 +319,10 @@ def draw_curves(rows, colors):
 # ---- the command line -------------------------------------------------------------------------------------
 
 def parse(argv):
-    """The command line -> its options. Exits with code 2 and one line for a mistake."""
+    """The command line -> its options. Exits with code 2 and one line for a mistake.
+
+    Photos come first and the style last, as in a sentence: color this one like that one.
+    """
     parser = Parser(prog="infer.py", usage="python infer.py PHOTO... STYLE [options]",
                     description="Color gray photos with the palette of a style picture.")
     add = parser.add_argument
@@ -336,6 +347,7 @@ def parse(argv):
         except ValueError:
             args.blend = [0.]  # not numbers: refused below
     for wrong, text in [
+            # argparse cannot say these. Each is a pair: what would be wrong, and the line that explains it.
             (not args.latents and len(args.pictures) + len(args.styles) < 2,
              "a style picture is missing: name a photo, then a style, as in  python infer.py gray.jpg style.jpg"),
             (args.grid and (args.raw or args.latents), "--grid does not go together with --raw or --latents"),
@@ -351,6 +363,8 @@ def parse(argv):
 
 class Files:
     """The files of one call: which of them could not be read, and where results go.
+
+    A result never replaces an input, and two results never go to one file: nobody asked to lose a picture.
 
     output: as on the command line; inputs: paths that must not be overwritten; wanted: how many results
     will be saved. failures counts the pictures that could not be read. Raises UserError for an impossible
@@ -381,7 +395,7 @@ class Files:
     def save(self, picture, name):
         """Save as --output, or as `name`.png in that folder; never over an input. Raises UserError."""
         path = self.output if self.is_file else self.output / f"{name}.png"
-        # a/x.jpg and b/x.jpg would both become x_style.png.
+        # a/x.jpg and b/x.jpg would both become x_style.png: the second one becomes x_style_2.png.
         numbers = itertools.count(2)
         while path in self.taken:
             path = self.output / f"{name}_{next(numbers)}.png"
@@ -401,7 +415,10 @@ class Files:
 
 
 def find_pictures(arguments):
-    """Files and folders -> files. A folder without pictures stands for itself, and opening it will fail."""
+    """Files and folders -> files. A folder without pictures stands for itself, and opening it will fail.
+
+    (In a folder, files that are no pictures are passed over; a file that was named is tried, whatever it is.)
+    """
     found = []
     for argument in arguments:
         inside = list_pictures(argument) if os.path.isdir(argument) else []
@@ -410,7 +427,10 @@ def find_pictures(arguments):
 
 
 def style_codes(model, gray, styles, args):
-    """The codes for a small gray photo (1, 1, h, w), one after the other: one for each style, or their blend."""
+    """The codes for a small gray photo (1, 1, h, w), one after the other: one for each style, or their blend.
+
+    One after the other: with a thousand styles, the first result need not wait for a thousand codes.
+    """
     codes = (refine(model, gray, style, z, args.refine) for _, style, z in styles)
     if args.blend:  # codes are plain vectors: their weighted mean is a code as well
         yield sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)
@@ -436,6 +456,7 @@ def color_pairs(model, photos, styles, files, size, args):
 def color_grid(model, photos, styles, files, size, args):
     """One sheet: photos down, styles across. The photos' own colors come first, if any photo has some."""
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
+    # A color photo as its own style shows how well the network restores what it was trained to restore.
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
 
     def codes_of(photo):
@@ -452,7 +473,10 @@ def color_grid(model, photos, styles, files, size, args):
 
 
 def show_codes(styles, files):
-    """The numbers in the codes of all styles, as a table and as histograms."""
+    """The numbers in the codes of all styles, as a table and as histograms (figures 5 and 7).
+
+    If the numbers are the same for all styles, the network cannot tell styles apart.
+    """
     codes = torch.cat([z for *_, z in styles]).cpu()                            # (N, D)
     print(f"Each style is a code of {codes.shape[1]} numbers. Their smallest, mean, largest, and deviation:")
     for (name, *_), z in zip(styles, codes):
@@ -466,7 +490,10 @@ def show_codes(styles, files):
 
 
 def main(argv=None):
-    """Which pictures, which network, which styles; then one of three ways to show them -> the exit code."""
+    """Which pictures, which network, which styles; then one of three ways to show them -> the exit code.
+
+    The exit code is 0, or 1 if some picture could not be read; the others are made all the same.
+    """
     args = parse(argv)
     # The last picture is the style; but with --styles a single one is the photo, and --latents has no photo.
     n = 0 if args.latents else max(1, len(args.pictures) - 1)
@@ -478,7 +505,8 @@ def main(argv=None):
     if args.blend and len(args.blend) != len(style_paths):
         raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles "
                         "go behind --styles")
-    # Everything that can be wrong is found out before the first picture is made.
+    # Everything that can be wrong is found out before the first picture is made: to fail after an hour at
+    # the last of a thousand photos would be worse than to fail now.
     weights = PAPER if args.weights == "paper" else args.weights
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
     files = Files(args.output, [*photos, *style_paths, weights], wanted)
@@ -487,7 +515,8 @@ def main(argv=None):
         raise UserError("a plain U-Net without style encoder; it cannot follow a style picture", weights)
     size = args.size or trained_size
 
-    styles = []  # (name, small picture (1, 3, h, w), code (1, D)): read and encoded once, for all photos
+    # Styles before photos. The code of a style depends on no photo, so each is read and encoded once.
+    styles = []  # (name, small picture (1, 3, h, w), code (1, D))
     for path, picture in files.open(style_paths):
         small = resize_short_side(picture, size)
         styles.append((path.stem, small, encode(model, small)))

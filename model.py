@@ -172,10 +172,6 @@ class Colorizer(nn.Module):
         """
         return self.style_encoder(style)
 
-    def restyle(self, x, z, level):
-        """AdaIN number `level` with its code z[:, level]; the plain U-Net passes the features on."""
-        return self.adain[level](x, z[:, level]) if self.config.use_style else x
-
     def colorize(self, gray, z=None):
         """Color gray pictures with style codes.
 
@@ -188,15 +184,23 @@ class Colorizer(nn.Module):
         if z is not None and z.dim() == 2:
             z = z[:, None].expand(-1, self.levels, -1)                      # (B, 9, D): the same code for all
 
+        # Encoder: five stages, each at half the size of the one before.
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
             if i:
                 x = F.max_pool2d(x, 2)                                          # (B, C, H/2, W/2)
-            x = self.dropout(self.restyle(block(x), z, i))
+            x = block(x)
+            if self.config.use_style:
+                x = self.adain[i](x, z[:, i])
+            x = self.dropout(x)
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip
-        for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder)):
-            x = self.restyle(up(x), z, len(self.encoder) + i)                   # (B, C, 2H, 2W)
+
+        # Decoder: four stages, each at twice the size of the one before.
+        for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=len(self.encoder)):
+            x = up(x)                                                           # (B, C, 2H, 2W)
+            if self.config.use_style:
+                x = self.adain[i](x, z[:, i])
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
             x = self.dropout(block(x))
         out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)

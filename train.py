@@ -57,29 +57,32 @@ class Settings(ModelConfig):
 
     Each one is an option of the command line: batch_size is --batch-size. All of them are saved in the
     checkpoints, so that a run can be repeated and resumed. 0 or "" mostly means "off" or "no limit".
+    To add a setting, add a line here and use it as s.NAME below; nothing else has to be told of it.
     """
     data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded")
     output: str = setting("", "the run's folder (runs/PRESET)")
     device: str = setting("auto", "auto takes CUDA, else MPS, else the CPU", ("auto", "cpu", "cuda", "mps"))
     seed: int = setting(0, "another seed gives another run; the same seed gives the same run")
-    # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps. On one CPU core that is days,
-    # and --minutes is the better way to say how long you are ready to wait.
+    # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps. On one CPU core that is
+    # days, and --minutes is the better way to say how long you are ready to wait.
     epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", low=1)
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
-    # accumulate. 64 is four times as fast as 128 and good for a first look.
+    # accumulate. 64 is four times as fast as 128 and good for a first look. hue_rotation and style_from make
+    # it harder to guess the colors without looking at the style, and to copy where they were.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
     batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", low=1)
     accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", low=1)
     train_size: int = setting(50_000, "at most so many training pictures, 0: all")
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
-    workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed only")
+    workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed")
     hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", high=1)
     style_from: str = setting("same", "the style: the photo itself, a turned crop of it, or another photo",
                               ("same", "crop", "other"))
     # The loss (losses.py). The first three decide what the result looks like: mse keeps it near the photo,
-    # lpips makes it look right, palette makes it as colorful as the photo.
+    # lpips makes it look right, palette makes it as colorful as the photo. Mind their sizes: after some
+    # training mse is about .01, lpips .1, palette .02, pair .45.
     mse: float = setting(1., "weight of the mean squared error")
     lpips: float = setting(1., "weight of LPIPS, 0: not even loaded")
     lpips_net: str = setting("vgg", "trunk of LPIPS; alex is cheaper and the authors'", ("vgg", "alex"))
@@ -89,7 +92,8 @@ class Settings(ModelConfig):
     style_loss: str = setting("none", "section 3.2: a loss on the codes, added or with its own optimizer",
                               ("none", "combined", "dual"))
     alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", high=1)
-    # The optimizer, Adam. If the loss jumps or becomes nan: a smaller lr, a warmup, or clip 1.
+    # The optimizer, Adam. If the loss jumps or becomes nan: a smaller lr, a warmup, or clip 1. 1e-4 is the
+    # paper's for its long run; a short one learns more with 1e-3 and the cosine schedule.
     lr: float = setting(1e-4, "Adam's learning rate; higher learns faster, until the loss becomes nan")
     weight_decay: float = setting(0., "decoupled weight decay (AdamW); 0 is plain Adam")
     warmup: int = setting(0, "steps over which the learning rate rises to --lr")
@@ -115,20 +119,23 @@ class Settings(ModelConfig):
 
 
 # A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs
-# to a place in the paper; experiments/README.md says what came out.
+# to a place in the paper; experiments/README.md says what came out. The story that they tell: a U-Net alone
+# overfits; the same U-Net with AdaIN ignores the style; two losses on the codes do not help; a small U-Net
+# listens.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
     # Table 3, the default: a U-Net so small that it has to look at the style.
     "final": {},
     # Table 1: the U-Net alone, on few pictures and for long, until it overfits.
+    # 2,000 photos 231 times: 462,000 pictures.
     "unet": dict(UNREDUCED, use_style=False, train_size=2000, val_size=200, epochs=231, weight_decay=.01),
     # Table 2: the wide U-Net with AdaIN. In the paper its codes go to zero.
     "collapsed": dict(UNREDUCED),
     # Section 3.2: a photo with a foreign style, and a loss on the codes. Solution 1: one sum of both losses.
     "combined": dict(UNREDUCED, style_from="other", style_loss="combined"),
-    # Solution 2: two optimizers.
+    # Solution 2: two optimizers, one for each loss, the second with a tenth of the learning rate.
     "dual": dict(UNREDUCED, style_from="other", style_loss="dual"),
-    # Table 4: only a and b are made, the photo keeps its own L.
+    # Table 4: only a and b are made, the photo keeps its own L. The losses do not compare with those in RGB.
     "lab": dict(space="lab"),
     # Appendix A.1.1: without MSE, a grid appears.
     "lpips-only": dict(mse=0.),
@@ -145,6 +152,7 @@ def parse(argv):
 
     The options are the fields of Settings. Exits with code 2 and one line for a mistake.
     """
+    # Options that are no settings: they say what to do with a run, and are not saved with it.
     parser = Parser(prog="train.py", description="Train the colorizer.", usage="python train.py [options]")
     add = parser.add_argument
     changed = [f"{k}: {' '.join(f'{a}={b}' for a, b in v.items()) or 'nothing'}" for k, v in PRESETS.items()]
@@ -160,6 +168,7 @@ def parse(argv):
         add("--" + f.name.replace("_", "-"), default=SUPPRESS, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))  # {"batch_size": 8, ...}, only what was typed
     preset, resume, dry_run = given.pop("preset"), given.pop("resume"), given.pop("dry_run")
+    # The bounds of each setting, and what does not go together, before anything is read or built.
     try:
         Settings(**{**PRESETS[preset or "final"], **given}).check()
     except ValueError as error:
@@ -175,6 +184,8 @@ class Recipe:
 
     def __init__(self, s, device):
         self.s, self.device = s, device
+        # LPIPS compares what a network sees that was trained to recognize things. It only measures: its
+        # weights are frozen, and the gradient passes through it to the picture.
         self.loss_weights = {"mse": s.mse, "lpips": s.lpips, "palette": s.palette}
         self.lpips = None
         if s.lpips:
@@ -187,6 +198,7 @@ class Recipe:
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
         # Pictures travel as bytes, a quarter of the size of floats; the colors are turned on the device.
+        # non_blocking: the copy to a GPU goes on while it still computes the step before.
         photo, style, angle = (t.to(self.device, non_blocking=True) for t in batch)
         same = self.s.style_from == "same"
         rgb = photo.float() / 255                                               # (B, 3, S, S)
@@ -203,7 +215,8 @@ class Recipe:
         batch: (gray, rgb, style) as prepare gives them; seed: of everything that is random in here.
         """
         s, (gray, rgb, style) = self.s, batch
-        # Seeds dropout, the palette's directions and the pixels of the pairs.
+        # Seeds dropout, the palette's directions and the pixels of the pairs. (Set anew before each forward
+        # pass: so the state of torch's generator need not be saved to resume a run.)
         torch.manual_seed(seed)
         shift = torch.rand(()).item()
 
@@ -272,7 +285,11 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
 
 
 def learning_rate(s, step, progress):
-    """The learning rate at a step. progress: share of the whole run that is done, in [0, 1]."""
+    """The learning rate at a step. progress: share of the whole run that is done, in [0, 1].
+
+    Adam's first steps rest on averages over few gradients, so a high rate is reached gradually. A rate that
+    falls to 0 at the end lets the weights settle: the last tenth of a run brings much of its quality.
+    """
     lr = s.lr * min(1, (step + 1) / (s.warmup + 1))                      # warm-up: rises over the first steps
     if s.schedule == "cosine":
         lr = lr * (1 + math.cos(math.pi * progress)) / 2  # falls from lr to 0, slowly at both ends
@@ -291,6 +308,7 @@ def validate(model, recipe, batches):
     s, sums, count, codes, distances = recipe.s, {}, 0, [], 0
     model.eval()  # no dropout; BatchNorm with its running statistics
     for batch in batches:
+        # Every photo in its own colors: here there is a truth, the photo.
         gray, rgb, style = recipe.prepare(batch)
         z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
         out = model.colorize(gray, z)                                           # (B, 3 or 2, S, S)
@@ -300,7 +318,8 @@ def validate(model, recipe, batches):
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
-        # Does it listen? Every photo once more, with the code of another picture of the batch.
+        # Does it listen? Every photo once more, with the code of another picture of the batch. No truth
+        # exists for this; so palettes are compared, which do not depend on where a color stands.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
             missed, from_gray = palette_distances(other, style.roll(1, 0))      # (B,), (B,)
@@ -309,6 +328,7 @@ def validate(model, recipe, batches):
             distances += torch.stack([missed, from_gray, changed, differ]).sum(1)   # (4,)
             codes.append(z)
     model.train()
+    # Quotients of sums, and not means of quotients: a photo with hardly any color would have a wild one.
     result = {name: value / count for name, value in sums.items()}
     if s.use_style:
         missed, from_gray, changed, differ = distances.clamp(min=1e-6).tolist()
@@ -328,10 +348,14 @@ def as_option(name, value):
 
 
 def build(run, device):
-    """The network and its optimizers, as a new run has them or as last.pt left them. Raises UserError."""
+    """The network and its optimizers, as a new run has them or as last.pt left them. Raises UserError.
+
+    --init takes the weights of a checkpoint and nothing else of it; --resume takes all.
+    """
     s, saved = run.s, run.saved
     torch.manual_seed(s.seed)  # seeds the initial weights
-    # Settings inherits the network's settings from ModelConfig; only those describe the network.
+    # Settings inherits the network's settings from ModelConfig; only those describe the network, and only
+    # those go into the checkpoint's "model", from which infer.py builds it again.
     model = Colorizer(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)}))
     initial = saved or (load_checkpoint(s.init) if s.init else None)
     if initial:
@@ -361,7 +385,11 @@ def build(run, device):
 
 
 def train(preset, given, resume, dry_run):
-    """All that the loop needs: data, networks, where to go on; then the loop. Returns the exit code."""
+    """All that the loop needs: data, networks, where to go on; then the loop. Returns the exit code.
+
+    The order matters: what is quick to check and often wrong comes before what is slow, and nothing is
+    written before everything is known to be right.
+    """
     run = Run(preset, given, resume, dry_run)
     s, device = run.s, pick_device(run.s.device)
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -379,20 +407,9 @@ def train(preset, given, resume, dry_run):
         processes.wait()
     model, optimizers = build(run, device)
 
-    # How long? A step is `passes` forward passes, over all processes, and sees per_step pictures.
+    # A step is `passes` forward passes, over all processes.
     passes = s.accumulate * processes.world
-    run.per_step = s.batch_size * passes
-    if s.steps:
-        run.limit = s.steps
-    elif s.minutes:
-        run.limit = sys.maxsize  # the clock alone ends the run
-    else:
-        run.limit = math.ceil(s.epochs * len(training) / run.per_step)
-    # The order of the pictures is counted in steps: a resumed run must keep the number of pictures in a step.
-    if run.rows and run.rows[-1]["pictures"] != run.step * run.per_step:
-        had = run.rows[-1]["pictures"] // run.step
-        raise UserError(f"its steps are of {had} pictures, not {run.per_step}: --batch-size x --accumulate x "
-                        "processes must stay the same", run.folder)
+    run.plan(len(training), passes)
     print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training "
           f"and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress() >= 1:
@@ -410,7 +427,8 @@ def train(preset, given, resume, dry_run):
     if dry_run:
         run.limit, val_order = 1, val_order[:1]
 
-    # From here on Ctrl-C is answered, and the folder is ours.
+    # From here on Ctrl-C is answered, and the folder is ours. --workers processes load and crop the next
+    # batches while this one computes.
     stop = listen_for_stop(processes)
     if not processes.rank:
         run.lock()
@@ -428,7 +446,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
     stop: a list that a signal makes non-empty. Returns the exit code.
     """
     s, passes = run.s, recipe.s.accumulate * processes.world
-    tenth = 60 * s.minutes / 10  # seconds
+    tenth = 60 * s.minutes / 10  # seconds: a run of --minutes is validated about ten times
     next_validation = run.seconds + tenth
     while (progress := run.progress()) < 1:
         # Load.
@@ -461,6 +479,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         if stopping:
             print(f"stopped at step {run.step}; --output {printable(run.folder)} --resume goes on from here")
             return 130
+    # What to do next stands on the screen when the run is done.
     best = printable(run.folder / "best.pt")
     print(f"done: {best}, as in  python infer.py PHOTO STYLE --weights {best}" if s.use_style else
           f"done: {best}; infer.py cannot use it, as it follows no style; look at the run's samples/")
@@ -468,7 +487,10 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 
 
 def report(run, model, recipe, optimizers, val_loader, stopping):
-    """Validate (not when stopped: somebody waits), write the log, the checkpoints and a sample strip."""
+    """Validate (not when stopped: somebody waits), write the log, the checkpoints and a sample strip.
+
+    The log comes first: should the disk be full, the checkpoints that are there stay as they are.
+    """
     result = {} if stopping else validate(model, recipe, val_loader)
     if not math.isfinite(result.get("loss", 0)):
         raise run.diverged("the validation loss")
@@ -487,7 +509,10 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
 
 
 def sample(model, photos, s):
-    """The strip of figure 8: some validation photos in their own colors and in those of others."""
+    """The strip of figure 8: some validation photos in their own colors and in those of others.
+
+    Always the same pictures, so that the strips of a run can be compared.
+    """
     def code(picture):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
 
@@ -508,10 +533,11 @@ class Run:
     folder; preset, the name, and s, the settings; step and seconds, from the beginning, earlier sessions
     counted; best, the lowest validation loss; rows, those of log.csv; history, earlier settings; saved, the
     checkpoint that the run was resumed from, or None; per_step, pictures in a step, and limit, steps of the
-    whole run (train sets both).
+    whole run (plan sets both).
     """
 
     def __init__(self, preset, given, resume, dry_run):
+        # preset and given: as parse() found them on the command line.
         self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
         self.rows, self.history, self.saved, before = [], [], None, {}
@@ -521,7 +547,8 @@ class Run:
                 raise UserError("already holds a run: add --resume to go on, or choose another --output",
                                 self.folder)
             before = self.restore(self.folder / "last.pt", preset)
-        # Later ones win: the defaults, the preset, what the run was started with, the command line.
+        # Later ones win: the defaults, the preset, what the run was started with, the command line. So
+        # --resume needs no options, and those that are typed change the run from here on.
         try:
             self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
         except ValueError as error:  # the given ones alone were fine, but not together with those of the run
@@ -532,7 +559,8 @@ class Run:
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history = [*self.history, {"until step": self.step, "settings": before}]
         self.folder = self.folder / "dry-run" if dry_run else self.folder
-        self.started = time.monotonic() - self.seconds  # earlier sessions count
+        # The clock starts where the last session ended; and the log's next row is still empty.
+        self.started = time.monotonic() - self.seconds
         self.sums, self.count = {}, 0                          # of the losses of the steps since the last row
         self.told = (time.monotonic(), self.step)              # when the last line was printed, at which step
 
@@ -558,7 +586,10 @@ class Run:
         return before
 
     def lock(self):
-        """Refuse a folder in which another run is at work. The lock ends with this process, in any case."""
+        """Refuse a folder in which another run is at work. The lock ends with this process, in any case.
+
+        (A file that merely exists would stay behind after a power cut, and lock the run out for ever.)
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock_file = open(self.folder / ".lock", "w")
         try:
@@ -571,6 +602,18 @@ class Run:
         for part in self.folder.glob("**/.part-*"):  # what a killed run was writing
             part.unlink()
 
+    def plan(self, pictures, passes):
+        """How long? A step is `passes` forward passes, and the training set has so many pictures."""
+        s, self.per_step = self.s, self.s.batch_size * passes
+        # --steps, else --minutes, and then the clock alone ends the run, else --epochs.
+        epochs = math.ceil(s.epochs * pictures / self.per_step)
+        self.limit = s.steps or (sys.maxsize if s.minutes else epochs)
+        # The order of the pictures is counted in steps: a resumed run must keep the number of pictures in one.
+        if self.rows and self.rows[-1]["pictures"] != self.step * self.per_step:
+            had = self.rows[-1]["pictures"] // self.step
+            raise UserError(f"its steps are of {had} pictures, not {self.per_step}: --batch-size x --accumulate "
+                            "x processes must stay the same", self.folder)
+
     def clock(self):
         """Seconds that the run has taken, earlier sessions counted."""
         return time.monotonic() - self.started
@@ -580,7 +623,10 @@ class Run:
         return max(self.step / self.limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
 
     def tell(self, values, device):
-        """Count a step's losses; once a minute, on a terminal once a second, say how it goes."""
+        """Count a step's losses; once a minute, on a terminal once a second, say how it goes.
+
+        A single batch's loss jumps up and down by a third, so the mean since the last row is shown.
+        """
         self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
         self.count += 1
         now, (then, step), terminal = time.monotonic(), self.told, sys.stdout.isatty()
@@ -594,7 +640,10 @@ class Run:
         self.told = now, self.step
 
     def write_log(self, lr=None, result=None):
-        """Add a row to log.csv: means of the losses since the last row, and the validation. Draw loss.png."""
+        """Add a row to log.csv: means of the losses since the last row, and the validation. Draw loss.png.
+
+        The whole file is written each time: it is small, and its columns may change with the settings.
+        """
         if self.count:
             losses = {name: value / self.count for name, value in self.sums.items()}
             losses |= {f"val_{name}": value for name, value in result.items()}
@@ -617,6 +666,8 @@ class Run:
     def save(self, name, model, optimizers):
         """Write a checkpoint. (report has made sure that its weights are finite.)"""
         weights = model.state_dict()  # BatchNorm's running statistics included
+        # "format", "model", "settings" and "weights" are what infer.py reads; the rest is for --resume. Adam
+        # keeps two averages for each weight, so the file is three times as large as the network.
         # Into memory first. On a full disk Python then says so; torch would speak of zip archives.
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, "preset": self.preset, "model": asdict(model.config), "step": self.step,
@@ -637,7 +688,12 @@ class Run:
 # ---- several processes, and signals -----------------------------------------------------------------------
 
 class Processes:
-    """The processes that torchrun has started. Without it there is one, and all of this does nothing."""
+    """The processes that torchrun has started. Without it there is one, and all of this does nothing.
+
+    Each has a copy of the network and its own part of every batch. After backward() the gradients are
+    averaged; so all take the same step, and the copies stay equal. Two processes with batch 8 learn what one
+    learns with batch 8 and --accumulate 2. rank: the number of this process; world: how many there are.
+    """
 
     def __init__(self, device):
         self.rank, self.world = 0, 1
@@ -671,7 +727,10 @@ class Processes:
                 t /= self.world
 
     def agree(self, values, stopping, seconds):
-        """Losses, whether to stop, and the clock: the same for all processes, so that they decide alike."""
+        """Losses, whether to stop, and the clock: the same for all processes, so that they decide alike.
+
+        Were one to stop a step earlier than the others, they would wait for its gradients for ever.
+        """
         told = torch.tensor([*values.values(), bool(stopping), seconds])  # (losses + 2)
         self.average([told])
         *numbers, stopping, seconds = told.tolist()
@@ -679,7 +738,11 @@ class Processes:
 
 
 def listen_for_stop(processes):
-    """A list that Ctrl-C and its like fill; the step in hand is finished first. A second one ends at once."""
+    """A list that Ctrl-C and its like fill; the step in hand is finished first. A second one ends at once.
+
+    Ctrl-C sends SIGINT, `kill` and a machine that shuts down SIGTERM, a closed terminal SIGHUP. An exception
+    in the middle of a step, which is what Python makes of Ctrl-C, would lose all since the last checkpoint.
+    """
     stop = []
 
     def on_signal(number, _):
@@ -703,7 +766,10 @@ def start_loader(_):
 
 
 def end_loaders():
-    """Kill the loading processes. Python would send SIGTERM, which they ignore, and wait for ever."""
+    """Kill the loading processes. Python would send SIGTERM, which they ignore, and wait for ever.
+
+    They only read; so nothing can be lost with them.
+    """
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for loader in multiprocessing.active_children():
@@ -711,13 +777,10 @@ def end_loaders():
 
 
 def main(argv=None):
-    """Parse, train, and say in one line what the machine did wrong. (data.run_program says all the rest.)"""
+    """Parse, train, and say in one line what went wrong with processes. (data.run_program says the rest.)"""
     arguments = parse(argv)
     try:
         code = train(*arguments)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError("the GPU's memory is full: halve --batch-size and double --accumulate, add --amp, or "
-                        "take --lpips-net alex") from None
     except RuntimeError as error:
         # torch has no types of its own for these; the text is all there is.
         if "DataLoader worker" in str(error):

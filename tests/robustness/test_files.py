@@ -16,7 +16,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -217,63 +216,6 @@ def test_a_format_that_pillow_lacks_gives_one_line_with_the_cure(tmp_path, name,
     (tmp_path / name).write_bytes(content)
     text = one_line(open_picture, tmp_path / name)
     assert name in text and "convert it to JPEG" in text
-
-
-# ---- memory: large pictures one at a time -----------------------------------------------------------------
-
-@pytest.fixture
-def at_work(monkeypatch):
-    """The largest number of pictures that were being decoded at once."""
-    seen, lock, decode = SimpleNamespace(now=0, most=0), threading.Lock(), data.to_rgb
-
-    def watched(picture):
-        with lock:
-            seen.now += 1
-            seen.most = max(seen.most, seen.now)
-        time.sleep(.02)
-        with lock:
-            seen.now -= 1
-        return decode(picture)
-
-    monkeypatch.setattr(data, "to_rgb", watched)
-    return seen
-
-
-def test_large_pictures_are_decoded_one_at_a_time(tmp_path, monkeypatch, at_work):
-    monkeypatch.setattr(data, "LARGE", 20 * 20)
-    paths = [paint(tmp_path / f"{i}.png", size=(21, 20)) for i in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        assert all(p.size == (21, 20) for p in pool.map(open_picture, paths))
-    assert at_work.most == 1
-
-
-def test_other_pictures_are_decoded_side_by_side(tmp_path, monkeypatch):
-    paths, both, decode = [paint(tmp_path / f"{i}.png") for i in range(2)], threading.Barrier(2), data.to_rgb
-
-    def wait_for_the_other(picture):
-        both.wait(timeout=60)
-        return decode(picture)
-
-    monkeypatch.setattr(data, "to_rgb", wait_for_the_other)
-    with ThreadPoolExecutor(2) as pool:
-        assert len(list(pool.map(open_picture, paths))) == 2
-
-
-def test_a_broken_large_picture_does_not_block_the_next_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LARGE", 10)
-    path = paint(tmp_path / "x.jpg", size=(64, 64))
-    (tmp_path / "torn.jpg").write_bytes(path.read_bytes()[:-200])
-    one_line(open_picture, tmp_path / "torn.jpg")
-    with ThreadPoolExecutor(1) as pool:  # another thread, which would wait for ever
-        assert pool.submit(open_picture, path).result(timeout=60).size == (64, 64)
-
-
-def test_a_large_jpeg_that_is_decoded_small_counts_as_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "LARGE", 100 * 100)
-    path = paint(tmp_path / "x.jpg", size=(400, 400))
-    with data.one_large:  # somebody decodes a large one meanwhile
-        with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(open_picture, path, at_least=40).result(timeout=60).size == (50, 50)
 
 
 # ---- names that are too long ------------------------------------------------------------------------------

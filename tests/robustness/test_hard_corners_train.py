@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 import zipfile
@@ -534,28 +533,6 @@ def test_a_pipe_or_a_bomb_as_lpips_weights_is_one_line(tmp_path, capsys):
         code, text = outcome(*TINY, "--lpips", 1, "--lpips-net", "alex", "--lpips-weights", tmp_path / name,
                              "--output", tmp_path / "run", program=train, capsys=capsys)
         assert code == 1 and name in message(text)
-
-
-def test_large_pictures_are_decoded_one_at_a_time(album, monkeypatch):
-    """While a folder is checked by many threads: each may take a gigabyte."""
-    inside, most, lock = [0], [0], threading.Lock()
-    to_rgb = data.to_rgb
-
-    def slow(picture):
-        with lock:
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
-        time.sleep(.02)
-        with lock:
-            inside[0] -= 1
-        return to_rgb(picture)
-    monkeypatch.setattr(data, "to_rgb", slow)
-    assert len(data.drop_gray_and_broken(sorted(album.iterdir()), 100)) == 10
-    assert most[0] > 1
-    most[0] = 0
-    monkeypatch.setattr(data, "LARGE", 48 * 40 - 1)
-    assert len(data.drop_gray_and_broken(sorted(album.iterdir()), 100)) == 10
-    assert most[0] == 1
 
 
 @LINUX
