@@ -3,7 +3,8 @@
     a folder --list_pictures, drop_gray_and_broken--> paths --Photos--> uint8 crops --DataLoader--> train.py
     a file   --open_picture--> an 8-bit RGB picture, whatever its format was
 
-This file knows nothing of networks. Look at a drawn scene, and count what a training folder holds:
+This file imports no network; it only converts to and from the numbers that one sees and makes. Look at a
+drawn scene, and count what a training folder holds:
 
     python -c "import data; data.draw_scene(1).show()"
     python -c "import data; print(len(data.drop_gray_and_broken(data.list_pictures('examples'), 100)))"
@@ -12,7 +13,9 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import http.client
+import itertools
 import math
 import os
 import socket
@@ -33,7 +36,8 @@ from torch.utils.data import Dataset
 # ---- color: sRGB <-> CIELAB -------------------------------------------------------------------------------
 # CIELAB describes a color by its lightness L in [0, 100] and two numbers: a (green to red) and b (blue to
 # yellow). sqrt(a^2 + b^2) is its chroma, the direction of (a, b) its hue. The a, b of sRGB colors lie in
-# [-86.2, 98.2] and [-107.9, 94.5]. White is D65, seen at 2 degrees. Pictures are (B, 3, H, W) float32.
+# [-86.2, 98.2] and [-107.9, 94.5]. White is D65, seen at 2 degrees. In this section pictures are float32
+# tensors (B, 3, H, W); below it a "picture" is one of Pillow's (PIL).
 #
 # torch.where back-propagates through both of its branches. x ** (1/3) has an infinite slope at 0, and
 # 0 * inf = NaN: so every fractional power below is taken of a clamped value.
@@ -144,18 +148,18 @@ def rotate_hue(rgb, angle):
     return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
 
 
-def sliced_wasserstein(ab, other, n, shift=0.):
+def sliced_wasserstein(ab, other, n, turn=0.):
     """Sliced Wasserstein-1 distance of two palettes, (a, b) values (B, 2, H, W) twice -> (B,).
 
     A palette is a cloud of points in the (a, b) plane; where a color stands in the picture does not matter.
-    In one dimension, moving one heap onto another costs least when both are sorted. In the plane this is
-    done along n evenly spaced directions, and the mean is taken; shift, in [0, 1], rotates them all by that
-    part of their spacing.
+    The distance of two sets of numbers is the mean difference of the sorted numbers. For points in the plane,
+    this is taken along n evenly spaced directions and averaged; turn, in [0, 1], rotates the directions by
+    that part of their spacing. Both palettes need equally many pixels.
     """
-    angle = (torch.arange(n, device=ab.device) + shift) * (math.pi / n)
+    angle = (torch.arange(n, device=ab.device) + turn) * (math.pi / n)
     along = torch.stack([angle.cos(), angle.sin()])                             # (2, n)
-    a, b = (torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values for x in (ab, other))
-    return (a - b).abs().mean((1, 2))                                           # (B, n, HW) -> (B,)
+    p, q = (torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values for x in (ab, other))
+    return (p - q).abs().mean((1, 2))                                           # (B, n, HW) -> (B,)
 
 
 # ---- files -> pictures ------------------------------------------------------------------------------------
@@ -165,13 +169,13 @@ CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
 
-# EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when another tag of the file is broken.)
+# EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when another of its tags is broken.)
 Turn = Image.Transpose
 UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
            6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this; above it, it only warns,
-warnings.filterwarnings("ignore", module="PIL")  # as it does of every odd EXIF tag
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this, and warns above it
+warnings.filterwarnings("ignore", module="PIL")    # of large pictures, and of every odd EXIF tag
 
 
 def open_picture(path, at_least=None):
@@ -207,7 +211,8 @@ def open_picture(path, at_least=None):
 def to_rgb(picture):
     """A PIL picture of any mode -> mode RGB; what is transparent becomes white."""
     if picture.mode == "F" or picture.mode.startswith("I"):
-        # Pillow would cut these off at 255. 16-bit pictures have values to 65535, float ones usually to 1.
+        # Pillow would cut these off at 255. 16-bit pictures ("I;16" and the like) have values to 65535, float
+        # ones usually to 1; a plain "I" may hold either 8 or 16 bits.
         x = np.nan_to_num(np.asarray(picture).astype(np.float32))
         top = 65535 if x.max() > 255 or picture.mode not in "FI" else 255
         top = 1 if picture.mode == "F" and x.max() <= 1 else top
@@ -348,7 +353,7 @@ class Photos(Dataset):
     the moment of a restart change nothing.
     Returns photo (3, S, S) uint8, style (3, S, S) uint8 and the hue angle, 0 for "as it is".
     style_from: "same" - the style is the photo itself (the paper's implicit training); "crop" - another
-    random crop of it, turned by a random multiple of 90 degrees; "other" - another picture (section 3.2).
+    random crop of it, turned by a random multiple of 90 degrees; "other" - a random picture (section 3.2).
     """
 
     def __init__(self, pictures, size, seed, train, hue_rotation=0., style_from="same"):
@@ -388,28 +393,20 @@ class Photos(Dataset):
         return photo, style, torch.tensor(angle, dtype=torch.float32)
 
 
-class Batches:
+@functools.lru_cache(1)
+def shuffled(n, seed, epoch):
+    """The order of n pictures in an epoch: another one in each, made from (seed, epoch) alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def batch_order(n, batch_size, seed, start, every=1):
     """DataLoader's batch_sampler: endless lists of (epoch, index), every `every`th from number `start` on.
 
-    Every epoch is a new shuffle made from (seed, epoch). They follow each other without a gap, so all batches
-    are full, also for a set that is smaller than one batch.
+    Pictures are counted over all epochs. They follow each other without a gap, so all batches are full, also
+    for a set that is smaller than one batch.
     """
-
-    def __init__(self, n, batch_size, seed, start, every=1):
-        self.n, self.batch_size, self.seed, self.start, self.every = n, batch_size, seed, start, every
-
-    def __iter__(self):
-        # at: number of the next picture, counted over all epochs.
-        at, epoch, order = self.start * self.batch_size, None, None
-        while True:
-            batch = []
-            for i in range(at, at + self.batch_size):
-                if i // self.n != epoch:
-                    epoch = i // self.n
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
-                batch.append((epoch, int(order[i % self.n])))
-            at += self.batch_size * self.every
-            yield batch
+    for first in itertools.count(start * batch_size, every * batch_size):
+        yield [(i // n, int(shuffled(n, seed, i // n)[i % n])) for i in range(first, first + batch_size)]
 
 
 def draw_scene(number, width=192, height=160):
@@ -458,7 +455,7 @@ def download(url, path, sha256, cure):
 
     sha256: the hash, or its first digits. Raises UserError that ends in `cure`.
     """
-    socket.setdefaulttimeout(60)  # of seconds without a byte; torch sets none, and would wait for ever
+    socket.setdefaulttimeout(60)  # give up after 60 s without data; torch sets no limit
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
@@ -479,7 +476,7 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     if os.path.isdir(target):
         return target
     if not os.path.exists(archive):
-        download(url, archive, sha256, "run again; --data DIR and --data synthetic need no network")
+        download(url, archive, sha256, "run again; --data DIR and --data synthetic work offline")
     # Unpacked beside it and then moved: a folder of that name is always complete.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:

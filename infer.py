@@ -5,8 +5,9 @@
     python infer.py gray.jpg a.jpg --styles b.jpg --blend 2,1
     python infer.py photos/ paintings/ --grid --output sheet.png
 
-The network only ever sees the photo at about its training size. Its answer, the a and b planes, is enlarged
-to the size of the photo and joined with the photo's own L: as sharp as the input, whatever its size.
+The network only ever sees the photo at about its training size. Around each pixel of its small answer a line
+ab = slope * L + offset is fitted; slopes and offsets are enlarged and applied to the photo's own L. So the
+result is as large and as sharp as the photo, whatever its size.
 
     style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D) --refine--> z (1, 9, D)
     photo --resize_short_side, gray_of--> (1, 1, h, w) --predict with z--> L, a, b (1, 3, h, w)
@@ -137,7 +138,7 @@ def predict(model, gray, z, strength=1.):
     z: (1, D), or one code for each AdaIN layer (1, 9, D). strength scales the chroma: 0 gray, 1 as it is.
     """
     gray = gray.to(model.head.weight.device)
-    # The lightness of an RGB answer only guides the enlarging (guide, below); the result has the photo's own.
+    # The lightness of an RGB answer only guides the enlarging (below); the result has the photo's own.
     lab = network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
     lab[:, 1:] *= strength
     return lab
@@ -146,7 +147,7 @@ def predict(model, gray, z, strength=1.):
 GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
 
 
-def guide(lab):
+def guided_filter(lab):
     """Colors as a function of lightness: L, a, b (B, 3, h, w) -> slope, offset (B, 2, h, w) each.
 
     The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted
@@ -173,7 +174,7 @@ def join(photo, lab):
     `box` samples each tile as a part of the whole: the seams cannot be seen.
     """
     # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so each plane becomes a picture.
-    planes = [Image.fromarray(plane.numpy()) for plane in torch.cat(guide(lab), dim=1)[0]]  # 4 x (h, w)
+    planes = [Image.fromarray(plane.numpy()) for plane in torch.cat(guided_filter(lab), dim=1)[0]]  # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", (W, H))
     # A tile is some whole rows of the photo, or a part of a row that is longer than a tile.
@@ -227,12 +228,12 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     change = torch.zeros_like(z, requires_grad=True)  # the 9 x D numbers that are fitted
     adam = torch.optim.Adam([change], lr=.06)
     for step in range(steps):
-        # What would be shown with this code? Filtered, and colors that no screen can show do not count.
-        slope, offset = guide(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
+        # What would be shown with this code? Filtered, and moved into what a screen can show, as in join.
+        slope, offset = guided_filter(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
         shown = rgb_to_lab(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1)))[:, 1:]
-        # Palettes are compared along 8 directions, in each step along other ones: the golden section, .618,
-        # as the shift never repeats.
-        distance = sliced_wasserstein(shown, wanted, 8, shift=step * .618 % 1).mean()
+        # Palettes are compared along 8 directions, in each step along other ones: multiples of the golden
+        # section, .618, never come back to the same place in [0, 1].
+        distance = sliced_wasserstein(shown, wanted, 8, turn=step * .618 % 1).mean()
         # How does the distance change with the code? The weights are frozen and get no gradient.
         change.grad = torch.autograd.grad(distance, change)[0]
         adam.step()
@@ -323,6 +324,10 @@ def parse(argv):
 
     Photos come first and the style last, as in a sentence: color this one like that one.
     """
+    def numbers(text):
+        """"2,1" -> [2., 1.]"""
+        return [float(w) for w in text.split(",")]
+
     parser = Parser(prog="infer.py", usage="python infer.py PHOTO... STYLE [options]",
                     description="Color gray photos with the palette of a style picture.")
     add = parser.add_argument
@@ -335,17 +340,12 @@ def parse(argv):
     add("--raw", action="store_true", help="the network's own small picture, not joined with the photo")
     add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, "
                                             "in its own colors if it has any), then a column a style")
-    add("--blend", metavar="W1,W2,...", help="mix all styles into one, a weight each")
+    add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each")
     add("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
     add("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
         help="steps that fit the code to each photo; 0 takes it as it is, and is faster (default: %(default)s)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
-    if args.blend:  # "2,1" -> [2., 1.]
-        try:
-            args.blend = [float(w) for w in args.blend.split(",")]
-        except ValueError:
-            args.blend = [0.]  # not numbers: refused below
     for wrong, text in [
             # argparse cannot say these. Each is a pair: what would be wrong, and the line that explains it.
             (not args.latents and len(args.pictures) + len(args.styles) < 2,

@@ -1,11 +1,12 @@
-"""What the network is trained on, and what its results are measured with.
+"""The losses that training minimizes, and the measures of a result.
 
     color loss = mse * MSE + lpips * LPIPS [+ palette * sliced Wasserstein]              (section 2.2)
 
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", looks at
-both pictures, and the distance is taken between what it sees. Pictures are RGB in [0, 1] in this whole file.
+both pictures, and the distance is taken between what it sees. Pictures are RGB in [0, 1] unless a docstring
+says otherwise.
 
-    python -c "import torch, losses as L; print(L.LPIPS('alex', L.make_trunk('alex'))(*torch.rand(2, 1, 3, 64, 64)))"
+    python -c "import torch, losses; x = torch.rand(4, 3, 64, 64); print(losses.psnr(x, x / 2))"
 """
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ TRUNKS = {
 TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose output is compared
 URLS = {"vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
         "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # names hold 8 digits of SHA-256
-FEATURES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # a file of the convolutions alone
+FEATURES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # the convolutions alone
 LINEAR_WEIGHTS = Path(__file__).parent / "weights" / "lpips_linear.pt"
 
 
@@ -124,12 +125,13 @@ class LPIPS(nn.Module):
 
 # ---- training losses --------------------------------------------------------------------------------------
 
-def color_loss(out, gray, rgb, space, loss_weights, lpips=None, shift=0.):
+def color_loss(out, gray, rgb, space, loss_weights, lpips=None, turn=0.):
     """The colorization loss of section 2.2.
 
     out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be, (B, 3, H, W).
     space: "rgb" or "lab": MSE is taken on RGB or on a, b / 110, LPIPS always on RGB.
-    loss_weights: {"mse": w, "lpips": w, "palette": w}; a zero leaves the term out.
+    loss_weights: {"mse": w, "lpips": w, "palette": w}; a zero leaves the term out. lpips: an LPIPS module, if
+    its weight is not 0; turn: as in palette_loss.
     Returns the weighted sum and a dictionary of the terms (means over the batch, without graph).
     """
     terms = {}
@@ -138,31 +140,33 @@ def color_loss(out, gray, rgb, space, loss_weights, lpips=None, shift=0.):
     if loss_weights["lpips"]:
         terms["lpips"] = lpips(network_to_rgb(out, gray, space), rgb).mean()
     if loss_weights["palette"]:
-        terms["palette"] = palette_loss(out, rgb, space, shift)
+        terms["palette"] = palette_loss(out, rgb, space, turn)
     loss = sum(loss_weights[k] * v for k, v in terms.items())
     return loss, {k: v.detach() for k, v in terms.items()}
 
 
-def palette_loss(out, rgb, space, shift=0.):
+def palette_loss(out, rgb, space, turn=0.):
     """Distance between the palettes of the network's answer and of a picture; not in the paper.
 
     MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
-    is taken along 8 directions; shift rotates them by a part of their spacing. A quarter of the pixels is
-    enough: every second row and column of the picture, and for the output the means of 2x2 pixels, so that
-    the network gains nothing by mixing colors in a checkerboard.
+    is taken along 8 directions; turn, in [0, 1], rotates them by that part of their spacing. A quarter of the
+    pixels is enough: every second row and column of the picture, and for the output the means of 2x2 pixels,
+    so that the network gains nothing by mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
+    # From row 1 on: of an odd side, too, as many pixels are left as avg_pool2d leaves.
     wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                       # (B, 2, H/2, W/2)
-    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, shift).mean()
+    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, turn).mean()
 
 
 def pair_loss(ab, lab, pixels=384):
     """One thing keeps one color: distance of pixels that should agree over distance of those that should not.
 
-    ab: the output's a, b (B, 2, H, W) under any style; lab: the photo's true L, a, b (B, 3, H, W). No truth
-    exists for a foreign style, but what had one color in the photo should have one color now. To color by
-    lightness alone would be a cheap way to that; so pixels of equal lightness and different true color
-    stand in the denominator. All pairs of some random pixels; pictures with too few pairs are left out.
+    ab: the output's a, b (B, 2, H, W) under any style; lab: the photo's true L, a, b (B, 3, H, W); both in
+    the units of LAB. No truth exists for a foreign style, but what had one color in the photo should have one
+    color now. Coloring by lightness alone would make this distance small, too; so we divide by the distance
+    of pixels with equal lightness and different true color. All pairs of some random pixels are looked at;
+    pictures in which less than one pair in 500 may stand in the denominator are left out.
     """
     chosen = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
 
@@ -171,9 +175,9 @@ def pair_loss(ab, lab, pixels=384):
         x = x.flatten(2)[:, :, chosen]                                          # (B, C, N)
         return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()  # (B, N, N)
 
-    # What had one color: weights that fall off at a distance of about 5. What had equal lightness (about 4) and yet
-    # another color (12 and more).
-    true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # without the grain
+    # Every pair gets two weights. same: near 1 if the true colors agree, falling off at a distance of about
+    # 5. apart: the same for the lightness alone, at 4, and only if a, b differ by more than 12.
+    true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # 3x3 means, against noise
     same = torch.exp(-(distances(true) / 5).square())                          # (B, N, N), 1 = the same color
     apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
     d = distances(ab)
@@ -204,11 +208,11 @@ def psnr(x, y):
 
 
 def palette_distances(out, style):
-    """The two sums that palette transfer is made of, RGB (B, 3, H, W) in [0, 1] twice -> (B,), (B,).
+    """Two distances for each picture, RGB (B, 3, H, W) in [0, 1] twice -> (B,), (B,).
 
     W(out, style) and W(gray, style), sliced Wasserstein distances in CIELAB a, b along 32 directions; gray is
     a cloud of zeros. Palette transfer of a set is 1 - sum of the first / sum of the second:
     0 = as far away as a gray picture, 1 = exactly the style's palette.
     """
-    a, b = rgb_to_lab(out)[:, 1:], rgb_to_lab(style)[:, 1:]
-    return sliced_wasserstein(a, b, 32), sliced_wasserstein(torch.zeros_like(a), b, 32)
+    found, wanted = rgb_to_lab(out)[:, 1:], rgb_to_lab(style)[:, 1:]            # (B, 2, H, W) each
+    return sliced_wasserstein(found, wanted, 32), sliced_wasserstein(torch.zeros_like(found), wanted, 32)

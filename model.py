@@ -1,8 +1,8 @@
 """The network of figure 1: a U-Net that colors a gray photo, steered by the code of a style picture.
 
-    style (B, 3, H, W) --encode_style--> z (B, 32) --.
-                                                     |  nine AdaIN layers
-    gray  (B, 1, 128, 128) --encoder--> (B, 128, 8, 8) --decoder--> + head --> (B, 3, 128, 128)
+    style (B, 3, H, W) --encode_style--> z (B, 32), which each AdaIN layer reads
+    gray (B, 1, 128, 128) --encoder, 5 AdaIN--> (B, 128, 8, 8) --decoder, 4 AdaIN--> (B, 16, 128, 128)
+         --head, with the gray picture once more--> (B, 3, 128, 128)
 
 In RGB the style picture and the output have 3 channels in [0, 1]; in LAB they have 2, a and b divided by 110.
 The gray input is in [0, 1] (data.py, gray_of). Count the parameters of the paper's final model:
@@ -45,7 +45,7 @@ class ModelConfig:
     def check(self):
         """Raise ValueError for the first setting of a wrong type or outside its bounds; returns self.
 
-        A value may come from a file that somebody else made, so it is never printed.
+        A value may come from a foreign file and be huge or hold control characters, so it is never printed.
         """
         for f in fields(self):
             value, rule = getattr(self, f.name), f.metadata
@@ -205,7 +205,7 @@ class Colorizer(nn.Module):
             x = self.dropout(block(x))
         out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)
         if self.config.space == "rgb":
-            out = gray + out  # the network learns the color, not the picture
+            out = gray + out  # so the head makes only the difference from gray
         return out[:, :, :H, :W]
 
     def forward(self, gray, style=None):

@@ -7,13 +7,14 @@
     python train.py --output runs/final --resume        go on after an interruption
     torchrun --standalone --nproc_per_node=2 train.py   on two GPUs; --batch-size counts for each of them
 
-    photo, style --(hue)--> gray --model(gray, style)--> out --color_loss--> backward, step
+    photo, style --prepare--> gray, rgb, style --encode_style, colorize--> out --color_loss--> backward, step
 
 Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again.
 The rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several
 GPUs; with one process it does nothing). A run's folder (--output) holds last.pt, best.pt, log.csv, loss.png
 and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so a resumed run
-needs no saved random state, and goes on exactly as if it had never stopped.
+needs no saved random state, and goes on exactly as if it had never stopped (with --minutes and a falling
+learning rate, that rate still follows the clock).
 """
 import contextlib
 import csv
@@ -37,7 +38,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from data import (Batches, Parser, Photos, UserError, find_data, gray_of, network_to_lab, network_to_rgb,
+from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, network_to_lab, network_to_rgb,
                   printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run_program,
                   save_atomically)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
@@ -109,7 +110,7 @@ class Settings(ModelConfig):
         # The first word is the name of a setting; parse() makes an option of it.
         for wrong, text in [
                 (self.size % 16, "size must be a multiple of 16"),
-                (self.mse + self.lpips + self.palette == 0, "mse, --lpips and --palette are all 0"),
+                (self.mse + self.lpips + self.palette == 0, "lpips must not be 0 when mse and palette are"),
                 (not self.use_style and self.style_loss != "none", "style_loss needs a style encoder"),
                 (not self.use_style and self.pair, "pair needs a style encoder"),
                 (self.pair and self.style_loss != "none", "pair does not go together with --style-loss")]:
@@ -119,12 +120,11 @@ class Settings(ModelConfig):
 
 
 # A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs
-# to a place in the paper; experiments/README.md says what came out. The story that they tell: a U-Net alone
-# overfits; the same U-Net with AdaIN ignores the style; two losses on the codes do not help; a small U-Net
-# listens.
+# to a place in the paper; experiments/README.md says what came out. The paper's story: a U-Net alone
+# overfits; with AdaIN it ignores the style; two losses on the codes do not help; a small U-Net follows it.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
-    # Table 3, the default: a U-Net so small that it has to look at the style.
+    # Table 3, the default: a U-Net so small, says the paper, that it has to look at the style.
     "final": {},
     # Table 1: the U-Net alone, on few pictures and for long, until it overfits.
     # 2,000 photos 231 times: 462,000 pictures.
@@ -152,12 +152,12 @@ def parse(argv):
 
     The options are the fields of Settings. Exits with code 2 and one line for a mistake.
     """
-    # Options that are no settings: they say what to do with a run, and are not saved with it.
+    # These options are not fields of Settings: they say what to do with a run.
     parser = Parser(prog="train.py", description="Train the colorizer.", usage="python train.py [options]")
     add = parser.add_argument
     changed = [f"{k}: {' '.join(f'{a}={b}' for a, b in v.items()) or 'nothing'}" for k, v in PRESETS.items()]
     add("--preset", choices=PRESETS, help=f"changes of the defaults; {'; '.join(changed)}")
-    add("--resume", action="store_true", help="go on from last.pt in --output; without one, start anew")
+    add("--resume", action="store_true", help="go on from last.pt in --output; an empty folder starts anew")
     add("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
     for f in fields(Settings):
         # A bool becomes --name and --no-name. SUPPRESS: what is not typed is not there, so that --resume can
@@ -200,13 +200,9 @@ class Recipe:
         # Pictures travel as bytes, a quarter of the size of floats; the colors are turned on the device.
         # non_blocking: the copy to a GPU goes on while it still computes the step before.
         photo, style, angle = (t.to(self.device, non_blocking=True) for t in batch)
-        same = self.s.style_from == "same"
-        rgb = photo.float() / 255                                               # (B, 3, S, S)
-        style = rgb if same else style.float() / 255
+        rgb, style = photo.float() / 255, style.float() / 255                   # (B, 3, S, S) each
         if self.s.hue_rotation:  # photo and style turn together, the gray input stays
-            turned = rotate_hue(rgb, angle)
-            style = turned if same else rotate_hue(style, angle)
-            rgb = turned
+            rgb, style = rotate_hue(rgb, angle), rotate_hue(style, angle)
         return gray_of(rgb), rgb, style
 
     def losses(self, model, batch, seed):
@@ -218,7 +214,7 @@ class Recipe:
         # Seeds dropout, the palette's directions and the pixels of the pairs. (Set anew before each forward
         # pass: so the state of torch's generator need not be saved to resume a run.)
         torch.manual_seed(seed)
-        shift = torch.rand(()).item()
+        turn = torch.rand(()).item()
 
         # Forward. In the paper the style is the photo itself ("implicit training"): nothing but the wish to
         # restore the photo teaches the style encoder what to put into z.
@@ -226,7 +222,7 @@ class Recipe:
             z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
             out = model.colorize(gray, z).float()                               # (B, 3 or 2, S, S)
         # Losses are computed in float32, outside of autocast.
-        color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, shift)
+        color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, turn)
         losses = {"train_loss": color}
 
         # Ours: half of the batch again, in the colors of the next picture. There is no truth to compare with;
@@ -237,7 +233,7 @@ class Recipe:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, shift) / 2  # of half of the batch
+            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, turn) / 2  # of half the pictures
             losses = {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
@@ -262,7 +258,7 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
         (losses["train_loss"] / len(batches)).backward()
-        for name, loss in losses.items():  # item() waits for the GPU: so only here, after all of its work
+        for name, loss in losses.items():  # item() waits for the GPU: so only here, after backward()
             values[name] = values.get(name, 0) + loss.item() / len(batches)
     processes.average([p.grad for p in model.parameters() if p.grad is not None])
 
@@ -318,8 +314,8 @@ def validate(model, recipe, batches):
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
-        # Does it listen? Every photo once more, with the code of another picture of the batch. No truth
-        # exists for this; so palettes are compared, which do not depend on where a color stands.
+        # Does it listen? Every photo once more, with the code of the next picture of the batch (the only one
+        # of a batch gets its own). No truth exists for this; so palettes are compared.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
             missed, from_gray = palette_distances(other, style.roll(1, 0))      # (B,), (B,)
@@ -419,13 +415,12 @@ def train(preset, given, resume, dry_run):
 
     # Endless training batches, every process taking its own; and the validation pictures, in batches of 16.
     photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
-    order = Batches(len(photos), s.batch_size, s.seed, start=run.step * passes + processes.rank,
+    order = batch_order(len(photos), s.batch_size, s.seed, start=run.step * passes + processes.rank,
                     every=processes.world)
     val_photos = Photos(validation, s.size, s.seed, False)
     val_items = [(0, i) for i in range(len(validation))]  # (epoch, index)
-    val_order = [val_items[a:a + 16] for a in range(0, len(validation), 16)]
     if dry_run:
-        run.limit, val_order = 1, val_order[:1]
+        run.limit, val_items = 1, val_items[:16]
 
     # From here on Ctrl-C is answered, and the folder is ours. --workers processes load and crop the next
     # batches while this one computes.
@@ -436,7 +431,7 @@ def train(preset, given, resume, dry_run):
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: only slower
     loading = dict(num_workers=s.workers, worker_init_fn=start_loader, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
-    val_loader = DataLoader(val_photos, batch_sampler=val_order, **loading)
+    val_loader = DataLoader(val_photos, batch_size=16, sampler=val_items, **loading)
     return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop)
 
 
@@ -465,7 +460,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         values, stopping, run.seconds = processes.agree(values, stop, run.clock())
         if not all(map(math.isfinite, values.values())):
             raise run.diverged("the loss")
-        run.tell(values, recipe.device)
+        run.print_progress(values, recipe.device)
 
         # Validate and save: every --val-every steps, every tenth of --minutes, and at the end.
         over = run.progress() >= 1
@@ -479,7 +474,6 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         if stopping:
             print(f"stopped at step {run.step}; --output {printable(run.folder)} --resume goes on from here")
             return 130
-    # What to do next stands on the screen when the run is done.
     best = printable(run.folder / "best.pt")
     print(f"done: {best}, as in  python infer.py PHOTO STYLE --weights {best}" if s.use_style else
           f"done: {best}; infer.py cannot use it, as it follows no style; look at the run's samples/")
@@ -494,7 +488,7 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
     result = {} if stopping else validate(model, recipe, val_loader)
     if not math.isfinite(result.get("loss", 0)):
         raise run.diverged("the validation loss")
-    # Before the log is written: of such a step nothing is kept.
+    # Checked before anything is written: the checkpoints of an earlier step stay.
     if not all(w.isfinite().all() for w in model.state_dict().values()):
         raise run.diverged("a weight")
     run.write_log(optimizers[0].param_groups[0]["lr"], result)
@@ -530,10 +524,14 @@ def sample(model, photos, s):
 class Run:
     """A run: its folder and settings, how far it has come, its log.
 
-    folder; preset, the name, and s, the settings; step and seconds, from the beginning, earlier sessions
-    counted; best, the lowest validation loss; rows, those of log.csv; history, earlier settings; saved, the
-    checkpoint that the run was resumed from, or None; per_step, pictures in a step, and limit, steps of the
-    whole run (plan sets both).
+    folder, preset   where it is, and the name of its preset
+    s                its settings
+    step, seconds    how far it is, earlier sessions counted
+    best             the lowest validation loss so far
+    rows             those of log.csv, as dictionaries
+    history          what its settings were before they were changed
+    saved            the checkpoint that it goes on from, or None
+    per_step, limit  pictures in a step, and steps of the whole run (plan sets both)
     """
 
     def __init__(self, preset, given, resume, dry_run):
@@ -562,7 +560,7 @@ class Run:
         # The clock starts where the last session ended; and the log's next row is still empty.
         self.started = time.monotonic() - self.seconds
         self.sums, self.count = {}, 0                          # of the losses of the steps since the last row
-        self.told = (time.monotonic(), self.step)              # when the last line was printed, at which step
+        self.printed = (time.monotonic(), self.step)           # when the last line was printed, at which step
 
     def restore(self, last, preset):
         """Go back to where last.pt ends -> its settings. Raises UserError for what is no run of ours."""
@@ -606,9 +604,8 @@ class Run:
         """How long? A step is `passes` forward passes, and the training set has so many pictures."""
         s, self.per_step = self.s, self.s.batch_size * passes
         # --steps, else --minutes, and then the clock alone ends the run, else --epochs.
-        epochs = math.ceil(s.epochs * pictures / self.per_step)
-        self.limit = s.steps or (sys.maxsize if s.minutes else epochs)
-        # The order of the pictures is counted in steps: a resumed run must keep the number of pictures in one.
+        self.limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * pictures / self.per_step))
+        # The order of the pictures is counted in steps: a resumed run must keep the pictures of a step.
         if self.rows and self.rows[-1]["pictures"] != self.step * self.per_step:
             had = self.rows[-1]["pictures"] // self.step
             raise UserError(f"its steps are of {had} pictures, not {self.per_step}: --batch-size x --accumulate "
@@ -622,14 +619,14 @@ class Run:
         """Share of the run that is done, by steps or by time, whichever is more."""
         return max(self.step / self.limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
 
-    def tell(self, values, device):
+    def print_progress(self, values, device):
         """Count a step's losses; once a minute, on a terminal once a second, say how it goes.
 
         A single batch's loss jumps up and down by a third, so the mean since the last row is shown.
         """
         self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
         self.count += 1
-        now, (then, step), terminal = time.monotonic(), self.told, sys.stdout.isatty()
+        now, (then, step), terminal = time.monotonic(), self.printed, sys.stdout.isatty()
         if now - then < (1 if terminal else 60):
             return
         left = self.seconds * (1 / self.progress() - 1) / 60  # minutes, if it goes on as it went
@@ -637,7 +634,7 @@ class Run:
         print(f"\rstep {self.step}  loss {self.sums['train_loss'] / self.count:.4f}  "
               f"{(self.step - step) * self.per_step / (now - then):.1f} images/s  {left:.1f} min left{peak} ",
               end="" if terminal else "\n", flush=True)
-        self.told = now, self.step
+        self.printed = now, self.step
 
     def write_log(self, lr=None, result=None):
         """Add a row to log.csv: means of the losses since the last row, and the validation. Draw loss.png.
@@ -651,7 +648,7 @@ class Run:
             print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
             self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
                               "seconds": round(self.seconds, 1), "lr": lr, **losses})
-            self.sums, self.count, self.told = {}, 0, (time.monotonic(), self.step)
+            self.sums, self.count, self.printed = {}, 0, (time.monotonic(), self.step)
 
         def write(part):
             with open(part, "w", newline="") as file:
@@ -668,7 +665,7 @@ class Run:
         weights = model.state_dict()  # BatchNorm's running statistics included
         # "format", "model", "settings" and "weights" are what infer.py reads; the rest is for --resume. Adam
         # keeps two averages for each weight, so the file is three times as large as the network.
-        # Into memory first. On a full disk Python then says so; torch would speak of zip archives.
+        # Into memory first: then a full disk gives a clear OSError.
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, "preset": self.preset, "model": asdict(model.config), "step": self.step,
                     "settings": asdict(self.s), "seconds": self.clock(), "best": self.best, "log": self.rows,
@@ -731,9 +728,9 @@ class Processes:
 
         Were one to stop a step earlier than the others, they would wait for its gradients for ever.
         """
-        told = torch.tensor([*values.values(), bool(stopping), seconds])  # (losses + 2)
-        self.average([told])
-        *numbers, stopping, seconds = told.tolist()
+        shared = torch.tensor([*values.values(), bool(stopping), seconds])  # (losses + 2)
+        self.average([shared])
+        *numbers, stopping, seconds = shared.tolist()
         return dict(zip(values, numbers)), stopping > 0, seconds
 
 

@@ -105,7 +105,7 @@ def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
 
 def test_guide_is_the_guided_filter():
     lab = np.random.default_rng(0).normal(size=(3, 14, 21)) * [[[20]], [[9]], [[9]]] + [[[50]], [[12]], [[-9]]]
-    found = infer.guide(torch.from_numpy(lab).float()[None])
+    found = infer.guided_filter(torch.from_numpy(lab).float()[None])
     for one, expected in zip(found, oracle.guided(lab, infer.GUIDE_RADIUS, infer.GUIDE_EPS)):
         np.testing.assert_allclose(one[0], expected, atol=1e-3)
 

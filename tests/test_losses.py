@@ -329,7 +329,7 @@ def test_color_loss_is_the_weighted_sum_of_its_terms(space):
     expected = {"mse": np.mean((out - answer) ** 2), "lpips": 3 * np.mean(np.sum((shown - rgb) ** 2, axis=1)),
                 "palette": palette_by_hand(tensors[0], tensors[2], space, .3)}
     weights = {"mse": .7, "lpips": 2., "palette": .4}
-    loss, terms = color_loss(*tensors, space, weights, distance, shift=.3)
+    loss, terms = color_loss(*tensors, space, weights, distance, turn=.3)
     assert {k: v.item() for k, v in terms.items()} == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(sum(weights[k] * expected[k] for k in weights), rel=1e-4)
 

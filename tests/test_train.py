@@ -449,7 +449,7 @@ def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colors(tmp
     """Eight synthetic pictures. Their colors cannot be guessed from their gray versions, so whoever gets them
     right has read the style codes; then photo A with style B must have the colors of B."""
     run = tmp_path / "run"
-    go(*(f"--data synthetic --train-size 8 --val-size 4 --size 32 --space lab --lpips 0 --dropout 0 --lr 2e-3 --width 8 "
+    go(*("--data synthetic --train-size 8 --val-size 4 --size 32 --space lab --lpips 0 --dropout 0 --lr 2e-3 --width 8 "
          f"--steps 150 --val-every 150 --batch-size 8 --clip 1 --workers 0 --device cpu --schedule cosine").split(),
        "--output", run)
     model = Colorizer(ModelConfig(space="lab", width=8, dropout=0.))
