@@ -9,7 +9,7 @@ The network only ever sees the photo at about its training size. Around each pix
 ab = slope * L + offset is fitted; slopes and offsets are enlarged and applied to the photo's own L. So the
 result is as large and as sharp as the photo, whatever its size.
 
-    style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D) --refine--> z (1, 9, D)
+    style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D) --refine--> z (1, D)
     photo --resize_short_side, gray_of--> (1, 1, h, w) --predict with z--> L, a, b (1, 3, h, w)
     photo (H, W) and L, a, b --join--> picture (H, W)
 
@@ -135,7 +135,7 @@ def encode(model, style):
 def predict(model, gray, z, strength=1.):
     """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU.
 
-    z: (1, D), or one code for each AdaIN layer (1, 9, D). strength scales the chroma: 0 gray, 1 as it is.
+    z: (1, D). strength scales the chroma: 0 gray, 1 as it is.
     """
     gray = gray.to(model.head.weight.device)
     # The lightness of an RGB answer only guides the enlarging (below); the result has the photo's own.
@@ -206,27 +206,23 @@ def colorize_photo(model, photo, z, size, strength=1.):
 # ---- not in the paper: the code is fitted to each photo ---------------------------------------------------
 
 def refine(model, gray, style, z, steps=REFINE_STEPS):
-    """Fit the code of a style to one photo by a few steps of Adam on the code alone: (1, D) -> (1, 9, D).
+    """Fit the code of a style to one photo by a few steps of Adam on the code alone: (1, D) -> (1, D).
 
     gray (1, 1, h, w), style (1, 3, h', w'): small pictures in [0, 1]. The style encoder has never seen the
     photo, so its code may bring only half of the style's colors to it. Here we look at the result: its
-    palette is compared with the style's, and the code, now one for each AdaIN layer, moves to where the
-    distance falls. The weights stay as they are. (GAN inversion fits codes to pictures in the same way.)
-    0 steps return z.
+    palette is compared with the style's, and the code moves to where the distance falls. The weights stay as
+    they are. (GAN inversion fits codes to pictures in the same way.) 0 steps return z.
     """
-    if not steps:
-        return z
     gray, space = gray.to(z.device), model.config.space
     L = lightness(gray)
     # The palette to reach. Sorted palettes are compared number by number, so both need equally many pixels;
     # interpolate takes the nearest pixel, and so invents no colors.
     wanted = rgb_to_lab(style.to(z.device))[:, 1:]  # (1, 2, h', w')
     wanted = F.interpolate(wanted, gray.shape[2:])  # (1, 2, h, w)
-    z = z[:, None].repeat(1, model.levels, 1)                                   # (1, 9, D)
     # Steps are relative to the size of the code: it may be a hundred times as large as another network's.
     unit = z.abs().mean()
-    change = torch.zeros_like(z, requires_grad=True)  # the 9 x D numbers that are fitted
-    adam = torch.optim.Adam([change], lr=.06)
+    change = torch.zeros_like(z, requires_grad=True)  # the D numbers that are fitted
+    adam = torch.optim.Adam([change], lr=.1)
     for step in range(steps):
         # What would be shown with this code? Filtered, and moved into what a screen can show, as in join.
         slope, offset = guided_filter(network_to_lab(model.colorize(gray, z + unit * change), gray, space))

@@ -140,7 +140,6 @@ class Colorizer(nn.Module):
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
         up = [8 * w, 4 * w, 2 * w, w]                        # channels in which the four decoder stages begin
         narrow = [4 * w, 2 * w, w, w]                                           # channels in which they end
-        self.levels = len(down) + len(up)                                       # nine AdaIN layers
 
         # Encoder. The two deepest stages, whose maps are small and cheap, have 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
@@ -175,14 +174,11 @@ class Colorizer(nn.Module):
     def colorize(self, gray, z=None):
         """Color gray pictures with style codes.
 
-        gray: (B, 1, H, W) in [0, 1], any size; z: (B, D) or (1, D), or one such code for each of the nine
-        AdaIN layers as (B, 9, D), encoder first; None for the plain U-Net.
+        gray: (B, 1, H, W) in [0, 1], any size; z: (B, D), or (1, D) for all of them, or None for the plain U-Net.
         Returns (B, 3, H, W) RGB around [0, 1], not clamped, or (B, 2, H, W) a, b / 110.
         """
         H, W = gray.shape[2:]
         gray = reflect_pad(gray, STRIDE)
-        if z is not None and z.dim() == 2:
-            z = z[:, None].expand(-1, self.levels, -1)                      # (B, 9, D): the same code for all
 
         # Encoder: five stages, each at half the size of the one before.
         x, skips = gray, []
@@ -191,7 +187,7 @@ class Colorizer(nn.Module):
                 x = F.max_pool2d(x, 2)                                          # (B, C, H/2, W/2)
             x = block(x)
             if self.config.use_style:
-                x = self.adain[i](x, z[:, i])
+                x = self.adain[i](x, z)
             x = self.dropout(x)
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip
@@ -200,7 +196,7 @@ class Colorizer(nn.Module):
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=len(self.encoder)):
             x = up(x)                                                           # (B, C, 2H, 2W)
             if self.config.use_style:
-                x = self.adain[i](x, z[:, i])
+                x = self.adain[i](x, z)
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
             x = self.dropout(block(x))
         out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)
