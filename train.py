@@ -675,9 +675,7 @@ class Run:
 
     def diverged(self, what):
         """The error to raise for a number that is not finite."""
-        kept = "nothing saved"
-        if self.rows:
-            kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite"
+        kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite" if self.rows else "nothing saved"
         return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g}) "
                          f"or --clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
 

@@ -13,7 +13,8 @@ A row for each run in the folder RUNS. From the last row of its log.csv: picture
              About .1 is chance at 64x64.
 
 With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
-colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves.
+colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves of
+single runs; and of the runs in DYING together, listens.png and spread.png.
 """
 import argparse
 import csv
@@ -35,6 +36,9 @@ from losses import psnr  # noqa: E402
 CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
 CURVES = ["unet", "combined-authors", "final"]
+# "What makes a style branch die": which runs, and the color of each.
+DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
+         "other-dual": "gray"}
 
 
 def grid(out, truth):
@@ -46,6 +50,12 @@ def grid(out, truth):
     return 255 * blocks.flatten(1).std(1, correction=0).mean().item()
 
 
+def read_log(folder):
+    """The rows of a run's log.csv, as dictionaries of texts."""
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
 def load(folder):
     """A run's network, changed as its variants.txt says, and the size it was trained at."""
     with variants.use(variants.of_run(folder)):
@@ -55,8 +65,7 @@ def load(folder):
 @torch.no_grad()
 def row(name, folder, photos, paintings):
     """Print a run's row of the table."""
-    with open(folder / "log.csv") as file:
-        log = list(csv.DictReader(file))[-1]
+    log = read_log(folder)[-1]
     model, size = load(folder)
     space, use_style = model.config.space, model.config.use_style
     squares = [crop_square(p, size) for p in photos]
@@ -111,6 +120,10 @@ def draw(runs, folder):
         if name in CURVES:
             Image.open(run_folder / "loss.png").save(folder / f"curves-{name}.png")
     page.save(folder / "experiments.jpg", quality=90)
+    for column in ("listens", "spread"):
+        rows = [{"step": row["step"], name: row[f"val_{column}"]} for name in DYING if name in runs
+                for row in read_log(runs[name])]
+        infer.draw_curves(rows, DYING).save(folder / f"{column}.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
         w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
         page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")
