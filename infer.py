@@ -222,7 +222,7 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     # Steps are relative to the size of the code: it may be a hundred times as large as another network's.
     unit = z.abs().mean()
     change = torch.zeros_like(z, requires_grad=True)  # the D numbers that are fitted
-    adam = torch.optim.Adam([change], lr=.1)
+    adam = torch.optim.Adam([change], lr=.08)
     for step in range(steps):
         # What would be shown with this code? Filtered, and moved into what a screen can show, as in join.
         slope, offset = guided_filter(network_to_lab(model.colorize(gray, z + unit * change), gray, space))

@@ -38,7 +38,7 @@ CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
 CURVES = ["unet", "combined-authors", "final"]
 # "What makes a style branch die": which runs, and the color of each.
 DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
-         "other-dual": "gray"}
+         "authors-own": "gray"}
 
 
 def grid(out, truth):
