@@ -142,8 +142,9 @@ PRESETS = {
     # Not in the paper: LAB made to work. Hues are turned, so color cannot be guessed from the gray photo. The
     # palette loss works against the pale averages that MSE asks for, turned crops as styles against learning
     # where things were, the pair loss against two colors on one wall. Found by short trials.
-    "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="crop", lpips=.05, palette=2.,
-                 lpips_net="alex", pair=.2, dropout=0., lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
+    "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="crop", dropout=0.,
+                 mse=4., lpips=.1, lpips_net="alex", palette=2., pair=.2,
+                 lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }
 
 

@@ -473,7 +473,7 @@ def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colors(tmp
     ("--size 100", "--size must be a multiple of 16"), ("--batch-size 0", "--batch-size"), ("--lr -1", "--lr"),
     ("--lr 1e38", "--lr"), ("--lr nan", "--lr"), ("--minutes inf", "--minutes"), ("--width 1000", "--width"),
     ("--seed 99999999999", "--seed"), ("--epochs many", "--epochs"), ("--epochs 0", "--epochs"),
-    ("--dropout 1", "--dropout"), ("--preset nonsense", "--preset"), ("--mse 0 --lpips 0", "--mse"),
+    ("--dropout 1", "--dropout"), ("--preset nonsense", "--preset"), ("--mse 0 --lpips 0", "--lpips must not be 0"),
     ("--no-use-style --style-loss dual", "needs a style encoder"), ("--preset unet --pair 1", "needs a style encoder"),
     ("--style_loss dual", "did you mean --style-loss?"), ("--ouput runs/x", "did you mean --output?"),
     ("--preset hue-rotation", "ours"), ("runs/x", "runs/x")])
