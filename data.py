@@ -331,13 +331,13 @@ def find_data(source, train_size, val_size, seed):
     if not os.path.isdir(folder):
         raise UserError("is no folder; --data takes a folder of pictures or the word synthetic", folder)
     split = os.path.isdir(folder / "train") and os.path.isdir(folder / "val")
-    found = [list_pictures(folder / name) for name in (("train", "val") if split else ("",))]
+    lists = [list_pictures(folder / name) for name in (("train", "val") if split else ("",))]
     rng = np.random.default_rng(seed)
-    for paths in found:  # a limited train_size is a random choice, and not the first folder's pictures
+    for paths in lists:  # a limited train_size is a random choice, and not the first folder's pictures
         rng.shuffle(paths)
     # Either the folder says itself what is for validation, or a fifth of it at most is held back.
-    n = min(val_size, math.ceil(len(found[0]) / 5))
-    train, val = found if split else (found[0][n:], found[0][:n])
+    n = min(val_size, math.ceil(len(lists[0]) / 5))
+    train, val = lists if split else (lists[0][n:], lists[0][:n])
     train, val = drop_gray_and_broken(train, train_size), drop_gray_and_broken(val, val_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:

@@ -213,6 +213,8 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     palette is compared with the style's, and the code moves to where the distance falls. The weights stay as
     they are. (GAN inversion fits codes to pictures in the same way.) 0 steps return z.
     """
+    if not steps:
+        return z
     gray, space = gray.to(z.device), model.config.space
     L = lightness(gray)
     # The palette to reach. Sorted palettes are compared number by number, so both need equally many pixels;

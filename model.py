@@ -171,6 +171,10 @@ class Colorizer(nn.Module):
         """
         return self.style_encoder(style)
 
+    def restyle(self, x, z, level):
+        """AdaIN layer number `level`; the plain U-Net, which has none, passes the features on."""
+        return self.adain[level](x, z) if self.config.use_style else x
+
     def colorize(self, gray, z=None):
         """Color gray pictures with style codes.
 
@@ -185,18 +189,13 @@ class Colorizer(nn.Module):
         for i, block in enumerate(self.encoder):
             if i:
                 x = F.max_pool2d(x, 2)                                          # (B, C, H/2, W/2)
-            x = block(x)
-            if self.config.use_style:
-                x = self.adain[i](x, z)
-            x = self.dropout(x)
+            x = self.dropout(self.restyle(block(x), z, i))
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip
 
         # Decoder: four stages, each at twice the size of the one before.
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=len(self.encoder)):
-            x = up(x)                                                           # (B, C, 2H, 2W)
-            if self.config.use_style:
-                x = self.adain[i](x, z)
+            x = self.restyle(up(x), z, i)                                       # (B, C, 2H, 2W)
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
             x = self.dropout(block(x))
         out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader
 
 from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, network_to_lab, network_to_rgb,
                   printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run_program,
-                  save_atomically)
+                  save_atomically, sliced_wasserstein)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -153,10 +153,10 @@ def parse(argv):
 
     The options are the fields of Settings. Exits with code 2 and one line for a mistake.
     """
-    # These options are not fields of Settings: they say what to do with a run.
     parser = Parser(prog="train.py", description="Train the colorizer.", usage="python train.py [options]")
     add = parser.add_argument
     changed = [f"{k}: {' '.join(f'{a}={b}' for a, b in v.items()) or 'nothing'}" for k, v in PRESETS.items()]
+    # These options are not fields of Settings: they say what to do with a run.
     add("--preset", choices=PRESETS, help=f"changes of the defaults; {'; '.join(changed)}")
     add("--resume", action="store_true", help="go on from last.pt in --output; an empty folder starts anew")
     add("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
@@ -185,9 +185,9 @@ class Recipe:
 
     def __init__(self, s, device):
         self.s, self.device = s, device
+        self.loss_weights = {"mse": s.mse, "lpips": s.lpips, "palette": s.palette}
         # LPIPS compares what a network sees that was trained to recognize things. It only measures: its
         # weights are frozen, and the gradient passes through it to the picture.
-        self.loss_weights = {"mse": s.mse, "lpips": s.lpips, "palette": s.palette}
         self.lpips = None
         if s.lpips:
             self.lpips = LPIPS(s.lpips_net, load_trunk(s.lpips_net, s.lpips_weights)).to(device)
@@ -201,10 +201,12 @@ class Recipe:
         # Pictures travel as bytes, a quarter of the size of floats; the colors are turned on the device.
         # non_blocking: the copy to a GPU goes on while it still computes the step before.
         photo, style, angle = (t.to(self.device, non_blocking=True) for t in batch)
-        rgb, style = photo.float() / 255, style.float() / 255                   # (B, 3, S, S) each
-        if self.s.hue_rotation:  # photo and style turn together, the gray input stays
-            rgb, style = rotate_hue(rgb, angle), rotate_hue(style, angle)
-        return gray_of(rgb), rgb, style
+
+        def colors(picture):  # photo and style turn together, the gray input stays
+            picture = picture.float() / 255                                     # (B, 3, S, S)
+            return rotate_hue(picture, angle) if self.s.hue_rotation else picture
+        rgb = colors(photo)
+        return gray_of(rgb), rgb, rgb if self.s.style_from == "same" else colors(style)
 
     def losses(self, model, batch, seed):
         """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}.
@@ -320,16 +322,17 @@ def validate(model, recipe, batches):
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
             missed, from_gray = palette_distances(other, style.roll(1, 0))      # (B,), (B,)
-            changed, _ = palette_distances(shown, other)
-            differ, _ = palette_distances(rgb, rgb.roll(1, 0))
+            ab, ab_other, true = (rgb_to_lab(x)[:, 1:] for x in (shown, other, rgb))    # (B, 2, S, S) each
+            changed = sliced_wasserstein(ab, ab_other, 32)                      # (B,)
+            differ = sliced_wasserstein(true, true.roll(1, 0), 32)              # (B,)
             distances += torch.stack([missed, from_gray, changed, differ]).sum(1)   # (4,)
             codes.append(z)
     model.train()
     # Quotients of sums, and not means of quotients: a photo with hardly any color would have a wild one.
     result = {name: value / count for name, value in sums.items()}
     if s.use_style:
-        missed, from_gray, changed, differ = distances.clamp(min=1e-6).tolist()
-        result["transfer"], result["listens"] = 1 - missed / from_gray, changed / differ
+        missed, from_gray, changed, differ = distances.tolist()
+        result["transfer"], result["listens"] = 1 - missed / max(from_gray, 1e-6), changed / max(differ, 1e-6)
         result["spread"] = torch.cat(codes).std(0, correction=0).mean().item()
     return result
 
@@ -484,7 +487,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 def report(run, model, recipe, optimizers, val_loader, stopping):
     """Validate (not when stopped: somebody waits), write the log, the checkpoints and a sample strip.
 
-    The log comes first: should the disk be full, the checkpoints that are there stay as they are.
+    last.pt comes after best.pt: a run killed between the two resumes from the older last.pt, and writes both again.
     """
     result = {} if stopping else validate(model, recipe, val_loader)
     if not math.isfinite(result.get("loss", 0)):
@@ -733,6 +736,10 @@ class Processes:
         return dict(zip(values, numbers)), stopping > 0, seconds
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+                if hasattr(signal, name)]  # Windows has no SIGHUP
+
+
 def listen_for_stop(processes):
     """A list that Ctrl-C and its like fill; the step in hand is finished first. A second one ends at once.
 
@@ -747,18 +754,16 @@ def listen_for_stop(processes):
             sys.exit(130)
         stop.append(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup wants us to live on
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup wants us to live on
             signal.signal(number, on_signal)
     return stop
 
 
 def start_loader(_):
     """In a loading process: signals often go to the whole group; the main process alone answers them."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_loaders():

@@ -90,7 +90,7 @@ def main():
     z, style = ours.code("chelsea", "harvest"), ("the style", pictures["harvest"])
     save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", z, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
     save(strip([style] + [(f"--refine {n}", ours.color("chelsea", ours.code("chelsea", "harvest", n)))
-                          for n in (0, 5, 50)]), "refine.jpg")
+                          for n in (0, infer.REFINE_STEPS, 50)]), "refine.jpg")
 
     A, B = ours.code("gray", "garden"), ours.code("gray", "harvest")
     blends = [(f"--blend {a},{4 - a}", ours.color("gray", (a * A + (4 - a) * B) / 4)) for a in (4, 3, 2, 1, 0)]

@@ -494,8 +494,7 @@ def test_padding_hardly_moves_the_shipped_networks_colors():
     photo = to_tensor(crop_square(open_picture(TOP / "examples/chelsea.jpg"), 128))[None] / 255
     z = infer.encode(model, small(TOP / "examples/harvest.jpg", size))
     whole, part = (infer.predict(model, gray_of(p), z)[:, 1:, :121, :113] for p in (photo, photo[:, :, :121, :113]))
-    chroma = whole.norm(dim=1).mean()
-    assert chroma > 10 and (whole - part).norm(dim=1).mean() < chroma / 4
+    assert whole.norm(dim=1).mean() > 10 and (whole - part).norm(dim=1).mean() < 6
 
 
 def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():
