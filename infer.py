@@ -45,7 +45,7 @@ from model import Colorizer, ModelConfig
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
-REFINE_STEPS = 5                 # more steps take more of the palette, and begin to paint stains into the sky
+REFINE_STEPS = 3                 # more steps take more of the palette, and begin to paint stains into the sky
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 # The longest side that each format can store; the others have no limit that a picture of ours could reach.
 MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}
@@ -216,18 +216,20 @@ def refine(model, gray, style, z, steps=REFINE_STEPS):
     if not steps:
         return z
     gray, space = gray.to(z.device), model.config.space
-    L = lightness(gray)
+    # A quarter of the pixels is enough to compare palettes: every second row and column.
+    L = lightness(gray)[:, :, ::2, ::2]  # (1, 1, h/2, w/2)
     # The palette to reach. Sorted palettes are compared number by number, so both need equally many pixels;
     # interpolate takes the nearest pixel, and so invents no colors.
     wanted = rgb_to_lab(style.to(z.device))[:, 1:]  # (1, 2, h', w')
-    wanted = F.interpolate(wanted, gray.shape[2:])  # (1, 2, h, w)
+    wanted = F.interpolate(wanted, L.shape[2:])  # (1, 2, h/2, w/2)
     # Steps are relative to the size of the code: it may be a hundred times as large as another network's.
     unit = z.abs().mean()
     change = torch.zeros_like(z, requires_grad=True)  # the D numbers that are fitted
-    adam = torch.optim.Adam([change], lr=.08)
+    adam = torch.optim.Adam([change], lr=.12)
     for step in range(steps):
         # What would be shown with this code? Filtered, and moved into what a screen can show, as in join.
-        slope, offset = guided_filter(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
+        lines = guided_filter(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
+        slope, offset = (x[:, :, ::2, ::2] for x in lines)  # (1, 2, h/2, w/2) each
         shown = rgb_to_lab(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1)))[:, 1:]
         # Palettes are compared along 8 directions, in each step along other ones: multiples of the golden
         # section, .618, never come back to the same place in [0, 1].

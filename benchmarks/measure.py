@@ -233,10 +233,13 @@ def main():
     parser.add_argument("--refine", type=int, nargs="*", default=[0, infer.REFINE_STEPS],
                         help="as in infer.py, a row each")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
-    parser.add_argument("--limit", type=int, help="only so many photos")
+    parser.add_argument("--limit", type=int, help="only so many photos, evenly spread over the folder")
     parser.add_argument("--large", help="folder of photos for the column edges")
     args = parser.parse_args()
-    photos = [crop_square(open_picture(p), SIZE) for p in list_pictures(args.photos)[:args.limit]]
+    photos = list_pictures(args.photos)
+    if args.limit:  # spread over the list: files of one collection stand beside each other
+        photos = photos[::max(1, len(photos) // args.limit)][:args.limit]
+    photos = [crop_square(open_picture(p), SIZE) for p in photos]
     styles = [crop_square(open_picture(p), SIZE) for p in list_pictures(args.paintings)]
     large = [p for p in map(open_picture, list_pictures(args.large)) if min(p.size) >= LARGE] if args.large else []
     pairs = [(i, (i * args.pairs + k) % len(styles)) for i in range(len(photos)) for k in range(args.pairs)]
