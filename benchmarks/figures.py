@@ -45,12 +45,13 @@ def columns(captions, rows, side=140):
 class Painter:
     """A checkpoint and the example pictures: colors a photo with a style, as infer.py does."""
 
-    def __init__(self, weights, pictures):
+    def __init__(self, weights, pictures, steps=infer.REFINE_STEPS):
         self.model, self.size = infer.load_model(weights)
-        self.pictures = pictures
+        self.pictures, self.steps = pictures, steps
 
-    def code(self, photo, style, steps=infer.REFINE_STEPS):
-        """The code of a style, fitted to the photo; both are names."""
+    def code(self, photo, style, steps=None):
+        """The code of a style, fitted to the photo; both are names. steps: of refining, as the painter has them."""
+        steps = self.steps if steps is None else steps
         gray = gray_of(resize_short_side(self.pictures[photo], self.size))
         small = resize_short_side(self.pictures[style], self.size)
         return infer.refine(self.model, gray, small, infer.encode(self.model, small), steps)
@@ -77,7 +78,7 @@ def main():
     infer.main([*styles, "--latents", "--output", str(folder / "latents.png")])
 
     if infer.PAPER.exists():
-        painters = {"the paper's": Painter(infer.PAPER, pictures), "ours": ours}
+        painters = {"the paper's": Painter(infer.PAPER, pictures, steps=0), "ours": ours}  # the paper has no refining
         some = [(style, name) for style in STYLES[:2] for name in painters]
         rows = [[None] + [pictures[style] for style, _ in some]]
         for photo in PHOTOS[:3]:

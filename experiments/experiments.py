@@ -14,7 +14,7 @@ A row for each run in the folder RUNS. From the last row of its log.csv: picture
 
 With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
 colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves of
-single runs; and of the runs in DYING together, listens.png and spread.png.
+single runs; and of several runs together those in TOGETHER.
 """
 import argparse
 import csv
@@ -39,6 +39,12 @@ CURVES = ["unet", "combined-authors", "final"]
 # "What makes a style branch die": which runs, and the color of each.
 DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
          "authors-own": "gray"}
+# "Scarcity": the same network in three widths.
+WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
+# Figures with one column of log.csv for several runs, and with several columns for one run.
+TOGETHER = {"listens": ("val_listens", DYING), "spread": ("val_spread", DYING),
+            "scarcity": ("val_listens", WIDTHS), "scarcity-loss": ("val_loss", WIDTHS)}
+LONGEST, LONGEST_COLUMNS = "final-long", {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
 
 
 def grid(out, truth):
@@ -120,10 +126,12 @@ def draw(runs, folder):
         if name in CURVES:
             Image.open(run_folder / "loss.png").save(folder / f"curves-{name}.png")
     page.save(folder / "experiments.jpg", quality=90)
-    for column in ("listens", "spread"):
-        rows = [{"step": row["step"], name: row[f"val_{column}"]} for name in DYING if name in runs
+    for figure, (column, colors) in TOGETHER.items():
+        rows = [{"step": row["step"], name: row[column]} for name in colors if name in runs
                 for row in read_log(runs[name])]
-        infer.draw_curves(rows, DYING).save(folder / f"{column}.png")
+        infer.draw_curves(rows, colors).save(folder / f"{figure}.png")
+    if LONGEST in runs:
+        infer.draw_curves(read_log(runs[LONGEST]), LONGEST_COLUMNS).save(folder / "longest.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
         w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
         page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")
