@@ -43,8 +43,8 @@ DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange"
 WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
 # Figures with one column of log.csv for several runs, and with several columns for one run.
 TOGETHER = {"listens": ("val_listens", DYING), "spread": ("val_spread", DYING),
-            "scarcity": ("val_listens", WIDTHS), "scarcity-loss": ("val_loss", WIDTHS)}
-LONGEST, LONGEST_COLUMNS = "final-long", {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
+            "scarcity": ("val_transfer", WIDTHS)}
+LONGEST, COLUMNS = "final-long", {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
 
 
 def grid(out, truth):
@@ -131,7 +131,8 @@ def draw(runs, folder):
                 for row in read_log(runs[name])]
         infer.draw_curves(rows, colors).save(folder / f"{figure}.png")
     if LONGEST in runs:
-        infer.draw_curves(read_log(runs[LONGEST]), LONGEST_COLUMNS).save(folder / "longest.png")
+        rows = [row for row in read_log(runs[LONGEST]) if row["val_loss"]]  # not where it was interrupted
+        infer.draw_curves(rows, COLUMNS).save(folder / "longest.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
         w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
         page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")
