@@ -35,7 +35,7 @@ from losses import psnr  # noqa: E402
 
 CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
-CURVES = ["unet", "combined-authors", "final"]
+CURVES = ["unet", "combined-authors"]
 # "What makes a style branch die": which runs, and the color of each.
 DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
          "authors-own": "gray"}
