@@ -14,7 +14,7 @@ A row for each run in the folder RUNS. From the last row of its log.csv: picture
 
 With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
 colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves of
-single runs; and of several runs together those in TOGETHER.
+single runs; longest.png; and of several runs together those in TOGETHER.
 """
 import argparse
 import csv
