@@ -45,13 +45,12 @@ def columns(captions, rows, side=140):
 class Painter:
     """A checkpoint and the example pictures: colors a photo with a style, as infer.py does."""
 
-    def __init__(self, weights, pictures, steps=infer.REFINE_STEPS):
+    def __init__(self, weights, pictures):
         self.model, self.size = infer.load_model(weights)
-        self.pictures, self.steps = pictures, steps
+        self.pictures = pictures
 
-    def code(self, photo, style, steps=None):
-        """The code of a style, fitted to the photo; both are names. steps: of refining, as the painter has them."""
-        steps = self.steps if steps is None else steps
+    def code(self, photo, style, steps=infer.REFINE_STEPS):
+        """The code of a style, fitted to the photo; both are names."""
         gray = gray_of(resize_short_side(self.pictures[photo], self.size))
         small = resize_short_side(self.pictures[style], self.size)
         return infer.refine(self.model, gray, small, infer.encode(self.model, small), steps)
@@ -78,13 +77,14 @@ def main():
     infer.main([*styles, "--latents", "--output", str(folder / "latents.png")])
 
     if infer.PAPER.exists():
-        painters = {"the paper's": Painter(infer.PAPER, pictures, steps=0), "ours": ours}  # the paper has no refining
-        some = [(style, name) for style in STYLES[:2] for name in painters]
-        rows = [[None] + [pictures[style] for style, _ in some]]
+        networks = [("the paper's", Painter(infer.PAPER, pictures), 0),  # the paper has no refining
+                    ("ours", ours, infer.REFINE_STEPS)]
+        some = [(style, *network) for style in STYLES[:2] for network in networks]
+        rows = [[None] + [pictures[style] for style, *_ in some]]
         for photo in PHOTOS[:3]:
             rows.append([infer.gray_version(pictures[photo])] + [
-                painters[name].color(photo, painters[name].code(photo, style)) for style, name in some])
-        save(columns(["the photo", *(f"{style}: {name}" for style, name in some)], rows), "two.jpg")
+                painter.color(photo, painter.code(photo, style, steps)) for style, _, painter, steps in some])
+        save(columns(["the photo", *(f"{style}: {name}" for style, name, *_ in some)], rows), "two.jpg")
     else:
         print(f"{infer.PAPER} is not there: no two.jpg")
 

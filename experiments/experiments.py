@@ -14,7 +14,7 @@ A row for each run in the folder RUNS. From the last row of its log.csv: picture
 
 With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
 colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves of
-single runs; longest.png; and of several runs together those in TOGETHER.
+single runs; and the figures of several curves in TOGETHER.
 """
 import argparse
 import csv
@@ -41,10 +41,13 @@ DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange"
          "authors-own": "gray"}
 # "Scarcity": the same network in three widths.
 WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
-# Figures with one column of log.csv for several runs, and with several columns for one run.
-TOGETHER = {"listens": ("val_listens", DYING), "spread": ("val_spread", DYING),
-            "scarcity": ("val_transfer", WIDTHS)}
-LONGEST, COLUMNS = "final-long", {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
+# "Longer training": columns of one run.
+LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
+# Figures of several curves. A curve is its name, its run, the run's column of log.csv, and its color.
+TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING.items()],
+            "spread": [(run, run, "val_spread", color) for run, color in DYING.items()],
+            "scarcity": [(run, run, "val_transfer", color) for run, color in WIDTHS.items()],
+            "longest": [(column, "final-long", column, color) for column, color in LONGEST.items()]}
 
 
 def grid(out, truth):
@@ -126,13 +129,10 @@ def draw(runs, folder):
         if name in CURVES:
             Image.open(run_folder / "loss.png").save(folder / f"curves-{name}.png")
     page.save(folder / "experiments.jpg", quality=90)
-    for figure, (column, colors) in TOGETHER.items():
-        rows = [{"step": row["step"], name: row[column]} for name in colors if name in runs
-                for row in read_log(runs[name])]
-        infer.draw_curves(rows, colors).save(folder / f"{figure}.png")
-    if LONGEST in runs:
-        rows = [row for row in read_log(runs[LONGEST]) if row["val_loss"]]  # not where it was interrupted
-        infer.draw_curves(rows, COLUMNS).save(folder / "longest.png")
+    for figure, curves in TOGETHER.items():
+        rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves if run in runs
+                for row in read_log(runs[run]) if row["val_loss"]]  # none where a run was interrupted
+        infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
         w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
         page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")

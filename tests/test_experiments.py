@@ -66,7 +66,7 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     assert {c for c, v in unet.items() if v == "-"} == {"transfer", "spread", "alive", "listens"}
     for name in ("own", "width16", "final-long"):  # one of each figure in which curves are drawn on one page
         shutil.copytree(runs / "final", runs / name)
-    (runs / "width16" / "log.csv").write_text("step,val_transfer\n1,.5\n2,.6\n")  # two steps may end below 0
+    (runs / "width16" / "log.csv").write_text("step,val_loss,val_transfer\n1,1,.5\n2,1,.6\n")  # two steps may end below 0
     monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), "-", "-", "--figures", str(tmp_path / "f")])
     experiments.main()
     assert {p.name for p in (tmp_path / "f").iterdir()} == {
