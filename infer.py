@@ -9,13 +9,14 @@ The network only ever sees the photo at about its training size. Around each pix
 ab = slope * L + offset is fitted; slopes and offsets are enlarged and applied to the photo's own L. So the
 result is as large and as sharp as the photo, whatever its size.
 
-    style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D) --refine--> z (1, D)
+    style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D)
     photo --resize_short_side, gray_of--> (1, 1, h, w) --predict with z--> L, a, b (1, 3, h, w)
+    L, a, b and the style's palette --refine--> L, a, b (1, 3, h, w)
     photo (H, W) and L, a, b --join--> picture (H, W)
 
 The sections follow this way: a checkpoint is read; encode, predict and join are the paper's method; refine,
-which is ours, improves the code; then come drawings of several results, and last the command line, where
-`main` is the place to begin.
+which is ours, brings the colors nearer to the style's; then come drawings of several results, and last the
+command line, where `main` is the place to begin.
 """
 import itertools
 import math
@@ -28,9 +29,9 @@ from pathlib import Path
 # data comes first: it imports torch, numpy and PIL, and here we can say which of them is missing.
 try:
     from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut,
-                      lightness, list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
+                      list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
                       resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
-                      sliced_wasserstein, to_picture, to_tensor)
+                      to_picture, to_tensor)
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -r requirements.txt")
 except KeyboardInterrupt:  # Ctrl-C in the second that torch takes to load
@@ -45,7 +46,6 @@ from model import Colorizer, ModelConfig
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
-REFINE_STEPS = 3                 # more steps take more of the palette, and begin to paint stains into the sky
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 # The longest side that each format can store; the others have no limit that a picture of ours could reach.
 MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}
@@ -132,16 +132,11 @@ def encode(model, style):
 
 
 @torch.no_grad()
-def predict(model, gray, z, strength=1.):
-    """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU.
-
-    z: (1, D). strength scales the chroma: 0 gray, 1 as it is.
-    """
+def predict(model, gray, z):
+    """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU. z: (1, D)."""
     gray = gray.to(model.head.weight.device)
     # The lightness of an RGB answer only guides the enlarging (below); the result has the photo's own.
-    lab = network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
-    lab[:, 1:] *= strength
-    return lab
+    return network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
 
 
 GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
@@ -194,50 +189,66 @@ def join(photo, lab):
     return result
 
 
-def colorize_photo(model, photo, z, size, strength=1.):
-    """predict and join for a PIL photo of any size and a code z -> PIL picture.
+def colorize_photo(model, photo, z, size):
+    """The paper's method, predict and join, for a PIL photo of any size and a code z -> PIL picture.
 
     Of a color photo only the lightness is used.
     """
-    gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
-    return join(photo, predict(model, gray, z, strength))
+    return join(photo, predict(model, gray_of(resize_short_side(photo, size)), z))
 
 
-# ---- not in the paper: the code is fitted to each photo ---------------------------------------------------
+# ---- not in the paper: the colors are moved to the style's palette ----------------------------------------
 
-def refine(model, gray, style, z, steps=REFINE_STEPS):
-    """Fit the code of a style to one photo by a few steps of Adam on the code alone: (1, D) -> (1, D).
+REFINE = .75  # how far the colors move; 1, all the way, begins to paint stains into the sky
+BLUR = 10.    # colors that are nearer than this in a, b move nearly alike
 
-    gray (1, 1, h, w), style (1, 3, h', w'): small pictures in [0, 1]. The style encoder has never seen the
-    photo, so its code may bring only half of the style's colors to it. Here we look at the result: its
-    palette is compared with the style's, and the code moves to where the distance falls. The weights stay as
-    they are. (GAN inversion fits codes to pictures in the same way.) 0 steps return z.
+
+def palette(ab):
+    """a, b of a small picture (1, 2, h, w) -> its palette (576, 2): those of 24x24 pixels, evenly spread."""
+    return F.interpolate(ab, (24, 24))[0].flatten(1).T  # the nearest pixels: no colors are invented
+
+
+def transport(cloud, target, colors):
+    """Optimal transport: where do `colors` (Q, 2) go when the palette `cloud` (N, 2) becomes `target` (M, 2)?
+
+    A plan says how much of each color of the cloud becomes which color of the target, so that all of both is
+    used and the colors move as little as possible. We take the blurred plan of Cuturi (2013). It has the form
+    exp(f + g - distance^2 / (2 BLUR^2)), with a number f for each color of the cloud and a number g for each
+    of the target; Sinkhorn's iterations find them. A color goes to the mean of all that it becomes: (Q, 2).
     """
-    if not steps:
-        return z
-    gray, space = gray.to(z.device), model.config.space
-    # A quarter of the pixels is enough to compare palettes: every second row and column.
-    L = lightness(gray)[:, :, ::2, ::2]  # (1, 1, h/2, w/2)
-    # The palette to reach. Sorted palettes are compared number by number, so both need equally many pixels;
-    # interpolate takes the nearest pixel, and so invents no colors.
-    wanted = rgb_to_lab(style.to(z.device))[:, 1:]  # (1, 2, h', w')
-    wanted = F.interpolate(wanted, L.shape[2:])  # (1, 2, h/2, w/2)
-    # Steps are relative to the size of the code: it may be a hundred times as large as another network's.
-    unit = z.abs().mean()
-    change = torch.zeros_like(z, requires_grad=True)  # the D numbers that are fitted
-    adam = torch.optim.Adam([change], lr=.12)
-    for step in range(steps):
-        # What would be shown with this code? Filtered, and moved into what a screen can show, as in join.
-        lines = guided_filter(network_to_lab(model.colorize(gray, z + unit * change), gray, space))
-        slope, offset = (x[:, :, ::2, ::2] for x in lines)  # (1, 2, h/2, w/2) each
-        shown = rgb_to_lab(lab_to_gamut(torch.cat([L, slope * L + offset], dim=1)))[:, 1:]
-        # Palettes are compared along 8 directions, in each step along other ones: multiples of the golden
-        # section, .618, never come back to the same place in [0, 1].
-        distance = sliced_wasserstein(shown, wanted, 8, turn=step * .618 % 1).mean()
-        # How does the distance change with the code? The weights are frozen and get no gradient.
-        change.grad = torch.autograd.grad(distance, change)[0]
-        adam.step()
-    return (z + unit * change).detach()
+    def cost(x):
+        return torch.cdist(x, target).square() / (2 * BLUR ** 2)  # (rows of x, M)
+
+    g, between = torch.zeros(len(target)), cost(cloud)
+    for _ in range(20):
+        f = -(g - between).logsumexp(1)           # (N,) now each color of the cloud is used once in all,
+        g = -(f[:, None] - between).logsumexp(0)  # (M,) now each of the target; the two soon agree
+    return (g - cost(colors)).softmax(1) @ target
+
+
+def refine(lab, palettes, amount=REFINE):
+    """Move the colors of the network's answer lab (1, 3, h, w) toward the style's palette -> (1, 3, h, w).
+
+    palettes: [(weight, palette of a style)], the weights add up to 1. amount: 0 leaves lab as it is, 1 goes
+    all the way. A code of 32 numbers brings only a part of the style's colors to some photos. So the network
+    decides what has the same color, and here the style decides which color: two pixels of one color still
+    have one color afterwards, as the new color is a function of the old one and of nothing else.
+    """
+    if not amount:
+        return lab
+    slope, offset = guided_filter(lab)  # as join will show it
+    cloud = palette(slope * lab[:, :1] + offset)
+    # That function as a table: a step of 4 in a and b is fine enough, as the function is blurred by 10.
+    line = torch.linspace(-128, 128, 65)
+    colors = torch.cartesian_prod(line, line)  # (65 * 65, 2)
+    # A blurred plan is not exact: it moves even the way from a palette to itself. So that way is subtracted.
+    stay = transport(cloud, cloud, colors)
+    moves = sum(weight * (transport(cloud, target, colors) - stay) for weight, target in palettes)
+    table = moves.T.reshape(1, 2, 65, 65)  # (a or b, row: old a, column: old b)
+    # grid_sample reads a table between its entries. It takes the place as (column, row), each in [-1, 1].
+    places = lab[:, 1:].flip(1).permute(0, 2, 3, 1) / 128                       # (1, h, w, 2)
+    moved = F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
+    return torch.cat([lab[:, :1], lab[:, 1:] + amount * moved], dim=1)
 
 
 # ---- drawings ---------------------------------------------------------------------------------------------
@@ -247,20 +258,19 @@ def gray_version(picture):
     return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
 
 
-def sheet(model, photos, styles, codes_of, size, strength=1.):
+def sheet(photos, styles, size, colorings):
     """A sheet like the paper's figure 8: a row for each photo, with the gray photo and its colorings.
 
     photos: PIL pictures, of which the centre square is taken; styles: PIL pictures for the first row, or None
-    for an empty cell; codes_of: a function that gives for a photo's square the codes of its colorings, one
-    for each style, in their order. Returns a PIL picture.
+    for an empty cell; colorings: a function that gives for a photo's square its colorings, one for each
+    style, in their order. Returns a PIL picture.
     """
     # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos; the rest stays white.
     cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
     for row, photo in enumerate(photos, start=1):
         photo = crop_square(photo, size)
         cells[row, 0] = gray_version(photo)
-        for column, z in enumerate(codes_of(photo), start=1):
-            cells[row, column] = colorize_photo(model, photo, z, size, strength)
+        cells |= {(row, column): picture for column, picture in enumerate(colorings(photo), start=1)}
     step = size + 4
     page = Image.new("RGB", ((len(styles) + 1) * step + 4, (len(photos) + 1) * step + 4), "white")
     for (row, column), cell in cells.items():
@@ -342,8 +352,8 @@ def parse(argv):
                                             "in its own colors if it has any), then a column a style")
     add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each")
     add("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
-    add("--refine", type=int, default=REFINE_STEPS, metavar="STEPS",
-        help="steps that fit the code to each photo; 0 takes it as it is, and is faster (default: %(default)s)")
+    add("--refine", type=float, default=REFINE, metavar="AMOUNT",
+        help="how far colors move to the style's palette: 0 as the network made them, 1 all the way (.75)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [
@@ -353,7 +363,7 @@ def parse(argv):
             (args.grid and (args.raw or args.latents), "--grid does not go together with --raw or --latents"),
             (args.size and not 16 <= args.size <= 4096, "--size must be from 16 to 4096"),
             (not 0 <= args.strength <= 10, "--strength must be from 0 to 10"),
-            (not 0 <= args.refine <= 1000, "--refine must be from 0 to 1000"),
+            (not 0 <= args.refine <= 1, "--refine must be from 0 to 1"),
             (args.blend and not (max(map(abs, args.blend)) < 1e6 and abs(sum(args.blend)) > 1e-6),
              "--blend takes numbers with commas between them that do not add up to 0, as in 2,1")]:
         if wrong:
@@ -426,16 +436,21 @@ def find_pictures(arguments):
     return found
 
 
-def style_codes(model, gray, styles, args):
-    """The codes for a small gray photo (1, 1, h, w), one after the other: one for each style, or their blend.
+def looks(styles, blend):
+    """What to color with: [(name, code (1, D), palettes for refine)], one for each style, or for their blend."""
+    names, pictures, codes = zip(*styles)
+    palettes = [palette(rgb_to_lab(small)[:, 1:]) for small in pictures]
+    if not blend:
+        return [(name, z, [(1., target)]) for name, z, target in zip(names, codes, palettes)]
+    # Codes are plain vectors: their weighted mean is a code as well.
+    shares = [w / sum(blend) for w in blend]
+    return [("blend", sum(w * z for w, z in zip(shares, codes)), list(zip(shares, palettes)))]
 
-    One after the other: with a thousand styles, the first result need not wait for a thousand codes.
-    """
-    codes = (refine(model, gray, style, z, args.refine) for _, style, z in styles)
-    if args.blend:  # codes are plain vectors: their weighted mean is a code as well
-        yield sum(w * z for w, z in zip(args.blend, codes)) / sum(args.blend)
-    else:
-        yield from codes
+
+def color(model, gray, z, palettes, amount=REFINE, strength=1.):
+    """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w). strength: that of the chroma."""
+    L, ab = refine(predict(model, gray, z), palettes, amount).split([1, 2], dim=1)
+    return torch.cat([L, strength * ab], dim=1)
 
 
 def color_pairs(model, photos, styles, files, size, args):
@@ -444,11 +459,11 @@ def color_pairs(model, photos, styles, files, size, args):
     photos: paths; styles: [(name, small picture (1, 3, h, w), code (1, D))]; size: of the short side that the
     network sees.
     """
-    names = ["blend"] if args.blend else [name for name, *_ in styles]
+    wanted = looks(styles, args.blend)
     for path, photo in files.open(photos):
         gray = gray_of(resize_short_side(photo, size))  # (1, 1, h, w), made once for all styles
-        for name, z in zip(names, style_codes(model, gray, styles, args)):
-            lab = predict(model, gray, z, args.strength)  # (1, 3, h, w)
+        for name, z, palettes in wanted:
+            lab = color(model, gray, z, palettes, args.refine, args.strength)  # (1, 3, h, w)
             result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab)
             files.save(result, f"{path.stem}_{name}")
 
@@ -458,18 +473,19 @@ def color_grid(model, photos, styles, files, size, args):
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
     # A color photo as its own style shows how well the network restores what it was trained to restore.
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
+    wanted = looks(styles, args.blend)
 
-    def codes_of(photo):
-        """The codes of one row of the sheet."""
+    def colorings(photo):
+        """One row of the sheet."""
         small = to_tensor(photo)[None] / 255  # (1, 3, size, size)
-        gray = gray_of(small)  # (1, 1, size, size)
-        if own:
-            yield refine(model, gray, small, encode(model, small), args.refine)
-        yield from style_codes(model, gray, styles, args)
+        itself = looks([("", small, encode(model, small))], None) if own else []
+        for _, z, palettes in itself + wanted:
+            lab = color(model, gray_of(small), z, palettes, args.refine, args.strength)
+            yield join(photo, lab)
 
     if pictures:
         shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]
-        files.save(sheet(model, pictures, [None] * own + shown, codes_of, size, args.strength), "grid")
+        files.save(sheet(pictures, [None] * own + shown, size, colorings), "grid")
 
 
 def show_codes(styles, files):

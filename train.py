@@ -33,7 +33,7 @@ from datetime import timedelta
 from pathlib import Path
 
 # infer comes first: it says which package is missing.
-from infer import FORMAT, draw_curves, encode, load_checkpoint, pick_device, sheet
+from infer import FORMAT, colorize_photo, draw_curves, encode, load_checkpoint, pick_device, sheet
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -518,7 +518,8 @@ def sample(model, photos, s):
     pictures = [photos.load(i) for i in range(min(8, len(photos)))]
     styles = pictures[4:] if s.use_style else []
     others = [code(style) for style in styles]
-    page = sheet(model, pictures[:4], [None, *styles], lambda photo: [code(photo), *others], s.size)
+    page = sheet(pictures[:4], [None, *styles], s.size, lambda photo: (
+        colorize_photo(model, photo, z, s.size) for z in [code(photo), *others]))
     model.train()
     return page
 

@@ -49,14 +49,13 @@ class Painter:
         self.model, self.size = infer.load_model(weights)
         self.pictures = pictures
 
-    def code(self, photo, style, steps=infer.REFINE_STEPS):
-        """The code of a style, fitted to the photo; both are names."""
-        gray = gray_of(resize_short_side(self.pictures[photo], self.size))
-        small = resize_short_side(self.pictures[style], self.size)
-        return infer.refine(self.model, gray, small, infer.encode(self.model, small), steps)
-
-    def color(self, photo, z, strength=1.):
-        return infer.colorize_photo(self.model, self.pictures[photo], z, self.size, strength)
+    def color(self, photo, styles, amount=infer.REFINE, strength=1., blend=None):
+        """A photo in the colors of a style, or of the blend of several; all are names, separated by spaces."""
+        photo, styles = self.pictures[photo], [(n, resize_short_side(self.pictures[n], self.size)) for n in styles.split()]
+        looks = infer.looks([(name, small, infer.encode(self.model, small)) for name, small in styles], blend)
+        _, z, palettes = looks[0]
+        gray = gray_of(resize_short_side(photo, self.size))
+        return infer.join(photo, infer.color(self.model, gray, z, palettes, amount, strength))
 
 
 def main():
@@ -78,26 +77,25 @@ def main():
 
     if infer.PAPER.exists():
         networks = [("the paper's", Painter(infer.PAPER, pictures), 0),  # the paper has no refining
-                    ("ours", ours, infer.REFINE_STEPS)]
+                    ("ours", ours, infer.REFINE)]
         some = [(style, *network) for style in STYLES[:2] for network in networks]
         rows = [[None] + [pictures[style] for style, *_ in some]]
         for photo in PHOTOS[:3]:
             rows.append([infer.gray_version(pictures[photo])] + [
-                painter.color(photo, painter.code(photo, style, steps)) for style, _, painter, steps in some])
+                painter.color(photo, style, amount) for style, _, painter, amount in some])
         save(columns(["the photo", *(f"{style}: {name}" for style, name, *_ in some)], rows), "two.jpg")
     else:
         print(f"{infer.PAPER} is not there: no two.jpg")
 
-    z, style = ours.code("chelsea", "harvest"), ("the style", pictures["harvest"])
-    save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", z, s)) for s in (0, .5, 1, 1.5)]), "strength.jpg")
-    save(strip([style] + [(f"--refine {n}", ours.color("chelsea", ours.code("chelsea", "harvest", n)))
-                          for n in (0, infer.REFINE_STEPS, 50)]), "refine.jpg")
+    style = ("the style", pictures["harvest"])
+    save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", "harvest", strength=s)) for s in (0, .5, 1, 1.5)]),
+         "strength.jpg")
+    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", x)) for x in (0, infer.REFINE, 1)]), "refine.jpg")
 
-    A, B = ours.code("gray", "garden"), ours.code("gray", "harvest")
-    blends = [(f"--blend {a},{4 - a}", ours.color("gray", (a * A + (4 - a) * B) / 4)) for a in (4, 3, 2, 1, 0)]
+    blends = [(f"--blend {a},{4 - a}", ours.color("gray", "garden harvest", blend=[a, 4 - a])) for a in (4, 3, 2, 1, 0)]
     save(strip([("style A", pictures["garden"]), *blends, ("style B", pictures["harvest"])], 180), "blend.jpg")
 
-    result = ours.color("rocket", ours.code("rocket", "style"))
+    result = ours.color("rocket", "style")
     box = (50, 310, 160, 420)  # the wires of the rocket's towers are a pixel wide
     closeups = [p.crop(box).resize((427, 427), Image.Resampling.NEAREST)
                 for p in (infer.gray_version(pictures["rocket"]), result)]

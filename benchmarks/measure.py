@@ -1,6 +1,6 @@
 """Measure checkpoints against simple rivals.
 
-    python benchmarks/measure.py PHOTOS PAINTINGS [--weights FILE ...] [--refine 0 10] [--pairs 4] [--limit N]
+    python benchmarks/measure.py PHOTOS PAINTINGS [--weights FILE ...] [--refine 0 1] [--pairs 4] [--limit N]
                                                   [--large FOLDER] [--lpips-weights FILE]
 
 Every photo (centre square, 128x128) is colored with its own colors and with some of the paintings, which take
@@ -167,14 +167,14 @@ def mean_color(photo, style):
     return to_picture(lab_to_gamut(lab)[0])
 
 
-def network(path, steps):
-    """What `infer.py photo style --size 128 --refine steps --weights path` gives."""
+def network(path, amount):
+    """What `infer.py photo style --size 128 --refine amount --weights path` gives."""
     model, _ = infer.load_model(path)
 
     def color(photo, style):
         gray, style = gray_of(resize_short_side(photo, SIZE)), resize_short_side(style, SIZE)
-        z = infer.refine(model, gray, style, infer.encode(model, style), steps)
-        return infer.join(photo, infer.predict(model, gray, z))
+        [(_, z, palettes)] = infer.looks([("", style, infer.encode(model, style))], None)
+        return infer.join(photo, infer.color(model, gray, z, palettes, amount))
     return color
 
 
@@ -230,7 +230,7 @@ def main():
     parser.add_argument("paintings")
     parser.add_argument("--weights", nargs="*", default=[infer.SHIPPED])
     parser.add_argument("--lpips-weights", default="")
-    parser.add_argument("--refine", type=int, nargs="*", default=[0, infer.REFINE_STEPS],
+    parser.add_argument("--refine", type=float, nargs="*", default=[0., infer.REFINE],
                         help="as in infer.py, a row each")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
     parser.add_argument("--limit", type=int, help="only so many photos, evenly spread over the folder")
@@ -251,7 +251,7 @@ def main():
     tell("the photos", quotients([coherence(lab[:, 1:], fact) for lab, fact in zip(labs, facts)]))
     candidates = {"left gray": leave_gray, "mean color": mean_color}
     for path in args.weights:
-        candidates |= {f"{Path(path).name} --refine {steps}": network(path, steps) for steps in args.refine}
+        candidates |= {f"{Path(path).name} --refine {amount:g}": network(path, amount) for amount in args.refine}
     for name, color in candidates.items():
         tell(name, measure(color, photos, facts, styles, pairs, large, lpips))
 

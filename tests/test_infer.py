@@ -169,12 +169,17 @@ def test_a_pair_is_what_the_functions_give_one_after_the_other(place):
     call("photos/gray.png", "styles/a.png")
     model, size = infer.load_model("net.pt")
     photo, style = open_picture("photos/gray.png"), small("styles/a.png")
-    z = infer.refine(model, gray_of(small("photos/gray.png")), style, infer.encode(model, style))
-    assert z.shape == (1, 8)
-    assert np.array_equal(np.asarray(infer.colorize_photo(model, photo, z, size)), np.asarray(Image.open("gray_a.png")))
+    z, lab = infer.encode(model, style), rgb_to_lab(style)
+    assert z.shape == (1, 8) and size == 32
+    first = infer.predict(model, gray_of(small("photos/gray.png")), z)
+    refined = infer.refine(first, [(1., infer.palette(lab[:, 1:]))])
+    assert np.array_equal(np.asarray(infer.join(photo, refined)), np.asarray(Image.open("gray_a.png")))
+    call("photos/gray.png", "styles/a.png", "--refine", 0, "--output", "plain.png")
+    assert np.array_equal(np.asarray(infer.join(photo, first)), np.asarray(Image.open("plain.png")))
+    assert np.array_equal(np.asarray(infer.colorize_photo(model, photo, z, size)), np.asarray(Image.open("plain.png")))
 
 
-def test_blend_mixes_codes(place):
+def test_blend_mixes_codes_and_the_ways_to_the_palettes(place):
     call("photos/gray.png", "styles", "--blend", "1,0", "--output", "first.png")
     call("photos/gray.png", "styles/a.png", "--output", "a.png")
     assert torch.equal(pixels("first.png"), pixels("a.png"))
@@ -183,10 +188,11 @@ def test_blend_mixes_codes(place):
     model, size = infer.load_model("net.pt")
     photo, gray = open_picture("photos/gray.png"), gray_of(small("photos/gray.png"))
     styles = [small(p) for p in ("styles/a.png", "styles/b.webp")]
-    for name, steps in [("plain.png", 0), ("mixed.png", infer.REFINE_STEPS)]:
-        codes = [infer.refine(model, gray, s, infer.encode(model, s), steps) for s in styles]
-        expected = infer.colorize_photo(model, photo, codes[0] / 4 + 3 * codes[1] / 4, size)
-        assert np.abs(np.asarray(expected, int) - np.asarray(Image.open(name), int)).max() <= 1
+    codes = [infer.encode(model, style) for style in styles]
+    first = infer.predict(model, gray, codes[0] / 4 + 3 * codes[1] / 4)
+    near = [infer.refine(first, [(1., infer.palette(rgb_to_lab(style)[:, 1:]))]) for style in styles]
+    for name, lab in [("plain.png", first), ("mixed.png", near[0] / 4 + 3 * near[1] / 4)]:
+        assert np.abs(np.asarray(infer.join(photo, lab), int) - np.asarray(Image.open(name), int)).max() <= 1
 
 
 def test_grid_shows_photos_down_and_styles_across(place):
@@ -200,8 +206,9 @@ def test_grid_shows_photos_down_and_styles_across(place):
     # Sorted: color.JPG is the first row, gray.png the second.
     for photo, style, box in [(photo, small("styles/b.webp"), (112, 76, 144, 108)),
                               (own, to_tensor(own)[None] / 255, (40, 40, 72, 72))]:
-        z = infer.refine(model, gray_of(to_tensor(photo)[None] / 255), style, infer.encode(model, style))
-        assert np.array_equal(np.asarray(sheet.crop(box)), np.asarray(infer.colorize_photo(model, photo, z, 32)))
+        lab = infer.predict(model, gray_of(to_tensor(photo)[None] / 255), infer.encode(model, style))
+        lab = infer.refine(lab, [(1., infer.palette(rgb_to_lab(style)[:, 1:]))])
+        assert np.array_equal(np.asarray(sheet.crop(box)), np.asarray(infer.join(photo, lab)))
 
 
 def test_a_grid_of_gray_photos_has_no_column_of_own_colors(place):
@@ -211,45 +218,64 @@ def test_a_grid_of_gray_photos_has_no_column_of_own_colors(place):
 
 # ---- refining ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("space", ["lab", "rgb"])
-def test_refining_moves_the_code_downhill(place, space):
-    """The slope is taken by finite differences of the distance of palettes, which numpy computes."""
-    model, size = infer.load_model(network("net.pt", space=space))
-    gray, style = gray_of(small("photos/gray.png")), resize_short_side(draw_scene(3), 32)
-    z = infer.encode(model, style)
-    wanted = rgb_to_lab(style)[:, 1:]
-    wanted = torch.nn.functional.interpolate(wanted, gray.shape[2:])[0].numpy()        # as many pixels as the photo
-
-    def distance(z):
-        lab = network_to_lab(model.colorize(gray, z), gray, space)[0].numpy()
-        slope, offset = oracle.guided(lab, infer.GUIDE_RADIUS, infer.GUIDE_EPS)
-        L = oracle.lab(gray[0].numpy().repeat(3, axis=0))[:1]
-        shown = lab_to_gamut(torch.from_numpy(np.concatenate([L, slope * L + offset])).float()[None])[0]
-        return oracle.wasserstein(oracle.lab(shown.numpy())[1:], wanted, 8)
-
-    unit = z.abs().mean()
-    slopes = np.zeros(8)
-    for index in range(8):
-        h = torch.zeros_like(z)
-        h[0, index] = .01 * unit
-        slopes[index] = distance(z + h) - distance(z - h)
-    steps = (infer.refine(model, gray, style, z, 1) - z)[0].numpy()
-    clear = np.abs(slopes) > .1 * np.abs(slopes).max()
-    assert clear.sum() > 4 and (np.sign(steps[clear]) == -np.sign(slopes[clear])).all()
-    assert distance(infer.refine(model, gray, style, z)) < distance(infer.refine(model, gray, style, z, 1)) < distance(z)
+def clouds(n, m, seed=0):
+    """Two palettes of n and m colors, far from each other."""
+    rng = np.random.default_rng(seed)
+    return rng.normal([20, -10], [12, 25], (n, 2)), rng.normal([-15, 20], [20, 9], (m, 2))
 
 
-def test_refining_leaves_the_network_and_the_first_code_alone():
-    model = Colorizer(ModelConfig(width=4, latent=8)).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.head.weight)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    photo, style = (resize_short_side(draw_scene(n), 32) for n in (1, 3))
-    z = infer.encode(model, style)
-    first = z.clone()
-    moved = infer.refine(model, gray_of(photo), style, z)
-    assert moved.shape == (1, 8) and not moved.requires_grad and not torch.equal(moved, z)
-    assert torch.equal(z, first) and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert torch.equal(infer.refine(model, gray_of(photo), style, z, 0), z)
+def test_transport_is_the_blurred_plan_of_least_cost():
+    """Against numpy: 2,000 rounds of Sinkhorn's scaling of exp(-cost), whose rows and columns then add up."""
+    cloud, target = clouds(40, 40)
+    kernel = np.exp(-((cloud[:, None] - target) ** 2).sum(2) / (2 * infer.BLUR ** 2))
+    v = np.ones(40)
+    for _ in range(2000):
+        u = 1 / (kernel @ v)
+        v = 1 / (kernel.T @ u)
+    plan = u[:, None] * kernel * v
+    assert np.allclose(plan.sum(0), 1) and np.allclose(plan.sum(1), 1, atol=1e-6)
+    expected = plan @ target
+    found = infer.transport(*(torch.from_numpy(x).float() for x in (cloud, target, cloud))).numpy()
+    assert np.abs(found - expected).max() < 2 and np.abs(found - expected).mean() < .3
+    assert np.abs(cloud - expected).max() > 50
+
+
+def smooth_lab(seed):
+    """L, a, b (1, 3, 48, 48) of a drawn scene, and its palette as refine sees it."""
+    lab = rgb_to_lab(resize_short_side(draw_scene(seed), 48)[..., :48, :48])
+    slope, offset = infer.guided_filter(lab)
+    return lab, infer.palette(slope * lab[:, :1] + offset)
+
+
+def test_refining_to_a_shifted_palette_shifts_every_color():
+    lab, own = smooth_lab(1)
+    shift = torch.tensor([12., -7.])
+    for amount in (.5, 1.):
+        moved = infer.refine(lab, [(1., own + shift)], amount) - lab
+        assert torch.equal(moved[:, 0], torch.zeros_like(moved[:, 0]))
+        assert (moved[0, 1:].flatten(1).mT - amount * shift).abs().mean() < .4
+    assert (infer.refine(lab, [(1., own)], 1.) - lab).abs().mean() < .1     # its own palette: everything stays
+    assert torch.equal(infer.refine(lab, [(1., own + shift)], 0), lab)
+
+
+def test_refining_gives_equal_colors_equal_colors_and_reaches_the_palette():
+    lab, own = smooth_lab(1)
+    lab[0, 1:, 10, 10], lab[0, 1:, 40, 5] = lab[0, 1:, 25, 30], lab[0, 1:, 25, 30]
+    _, wanted = smooth_lab(3)
+    refined = infer.refine(lab, [(1., wanted)], 1.)
+    assert torch.equal(refined[0, 1:, 10, 10], refined[0, 1:, 25, 30])
+    assert torch.equal(refined[0, 1:, 40, 5], refined[0, 1:, 25, 30])
+    before, half, after = (oracle.wasserstein(infer.palette(x[:, 1:]).T.numpy(), wanted.T.numpy(), 8)
+                           for x in (lab, infer.refine(lab, [(1., wanted)], .5), refined))
+    assert after < .4 * before and after < half < before
+
+
+def test_refining_toward_two_palettes_is_the_mean_of_both_ways():
+    lab, _ = smooth_lab(1)
+    (_, a), (_, b) = smooth_lab(3), smooth_lab(4)
+    both = infer.refine(lab, [(.25, a), (.75, b)])
+    single = [infer.refine(lab, [(1., x)]) for x in (a, b)]
+    assert (both - (single[0] / 4 + 3 * single[1] / 4)).abs().max() < 1e-3
 
 
 def test_a_code_is_the_style_encoders_answer_in_the_networks_own_colors():
@@ -500,13 +526,13 @@ def test_padding_hardly_moves_the_shipped_networks_colors():
 def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():
     model, size = infer.load_model(infer.SHIPPED)
     style = small(TOP / "examples/gray.jpg", size)
-    gray, z = gray_of(style), infer.encode(model, style)
-    for code in (z, infer.refine(model, gray, style, z)):
-        assert infer.predict(model, gray, code)[:, 1:].norm(dim=1).mean() < 3
+    lab = infer.predict(model, gray_of(style), infer.encode(model, style))
+    for ab in (lab[:, 1:], infer.refine(lab, [(1., infer.palette(rgb_to_lab(style)[:, 1:]))])[:, 1:]):
+        assert ab.norm(dim=1).mean() < 3
 
 
 def test_refining_brings_the_shipped_networks_palette_nearer():
-    """On each of two photos with each of two styles, by 32 directions where refining looks along 8."""
+    """On each of two photos with each of two styles, by the pictures that are shown and all of their pixels."""
     model, size = infer.load_model(infer.SHIPPED)
     transfers = []
     for name in ("chelsea", "rocket"):
@@ -514,9 +540,9 @@ def test_refining_brings_the_shipped_networks_palette_nearer():
         gray = gray_of(to_tensor(photo)[None] / 255)
         for other in ("garden", "harvest"):
             style = to_tensor(crop_square(open_picture(TOP / f"examples/{other}.jpg"), 128))[None] / 255
-            z = infer.encode(model, style)
-            shown = [to_tensor(infer.colorize_photo(model, photo, code, size))[None] / 255
-                     for code in (z, infer.refine(model, gray, style, z))]
+            [(_, z, palettes)] = infer.looks([(other, style, infer.encode(model, style))], None)
+            shown = [to_tensor(infer.join(photo, infer.color(model, gray, z, palettes, amount)))[None] / 255
+                     for amount in (0., infer.REFINE)]
             W, W_gray = palette_distances(torch.cat(shown), style.expand(2, -1, -1, -1))
             transfers.append(1 - W / W_gray)
     before, after = torch.stack(transfers).T
