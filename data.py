@@ -352,8 +352,8 @@ class Photos(Dataset):
     Everything random about an item is drawn from (seed, epoch, index) alone, so the number of workers and
     the moment of a restart change nothing.
     Returns photo (3, S, S) uint8, style (3, S, S) uint8 and the hue angle, 0 for "as it is".
-    style_from: "same" - the style is the photo itself (the paper's implicit training); "crop" - another
-    random crop of it, turned by a random multiple of 90 degrees; "other" - a random picture (section 3.2).
+    style_from: "same" - the style is the photo itself (the paper's implicit training); "turned" - the photo
+    turned by a random multiple of 90 degrees; "other" - a random picture (section 3.2).
     """
 
     def __init__(self, pictures, size, seed, train, hue_rotation=0., style_from="same"):
@@ -382,10 +382,10 @@ class Photos(Dataset):
         photo = to_tensor(crop_square(picture, self.size, rng))                 # (3, S, S)
         style, angle = photo, 0.
         if self.train:
-            if self.style_from == "crop":
-                # Turned as well: else the code could say what was above and what below, and the result would
-                # follow the style's layout instead of the photo's objects.
-                style = to_tensor(crop_square(picture, self.size, rng).rotate(90 * int(rng.integers(4))))
+            if self.style_from == "turned":
+                # Else the code could say what was above and what below, and the result would follow the
+                # style's layout instead of the photo's objects.
+                style = torch.rot90(photo, int(rng.integers(4)), dims=(1, 2))
             elif self.style_from == "other":
                 style = to_tensor(crop_square(self.load(int(rng.integers(len(self)))), self.size, rng))
             if rng.random() < self.hue_rotation:

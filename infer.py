@@ -14,9 +14,9 @@ result is as large and as sharp as the photo, whatever its size.
     L, a, b and the style's palette --refine--> L, a, b (1, 3, h, w)
     photo (H, W) and L, a, b --join--> picture (H, W)
 
-The sections follow this way: a checkpoint is read; encode, predict and join are the paper's method; refine,
-which is ours, brings the colors nearer to the style's; then come drawings of several results, and last the
-command line, where `main` is the place to begin.
+The sections follow this way: a checkpoint is read; encode and predict are the paper's method, join makes the
+large picture; refine, which is ours, brings the colors nearer to the style's; then come drawings of several
+results, and last the command line, where `main` is the place to begin.
 """
 import itertools
 import math
@@ -135,7 +135,8 @@ def encode(model, style):
 def predict(model, gray, z):
     """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU. z: (1, D)."""
     gray = gray.to(model.head.weight.device)
-    # The lightness of an RGB answer only guides the enlarging (below); the result has the photo's own.
+    # An RGB network answers with a lightness of its own. It only guides the filter (below), and the result has
+    # the photo's.
     return network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
 
 
@@ -148,8 +149,8 @@ def guided_filter(lab):
     The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted
     by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle
     and without the checkerboard of the transposed convolutions. With the L of the large photo it is ab
-    enlarged: colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is the
-    variance of L below which a box counts as flat, and gets one color.
+    enlarged: colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is added
+    to the variance of L: where L varies much less, the slope goes to 0 and the box gets nearly one color.
     """
     def mean(x):
         return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), 2 * GUIDE_RADIUS + 1, stride=1)
@@ -190,65 +191,75 @@ def join(photo, lab):
 
 
 def colorize_photo(model, photo, z, size):
-    """The paper's method, predict and join, for a PIL photo of any size and a code z -> PIL picture.
+    """predict and join, without refining, for a PIL photo of any size and a code z -> PIL picture.
 
-    Of a color photo only the lightness is used.
+    Of a color photo only the lightness is used. train.py draws its samples so.
     """
     return join(photo, predict(model, gray_of(resize_short_side(photo, size)), z))
 
 
 # ---- not in the paper: the colors are moved to the style's palette ----------------------------------------
 
-REFINE = .75  # how far the colors move; 1, all the way, begins to paint stains into the sky
-BLUR = 10.    # colors that are nearer than this in a, b move nearly alike
+BLUR = 15.  # each color is shared out among the style's colors within about this distance in a, b
 
 
 def palette(ab):
-    """a, b of a small picture (1, 2, h, w) -> its palette (576, 2): those of 24x24 pixels, evenly spread."""
+    """a, b of a small picture (1, 2, h, w) -> its palette (576, 2): the colors of 24x24 pixels of it.
+
+    With repeats: a color that covers half of the picture is half of the rows.
+    """
     return F.interpolate(ab, (24, 24))[0].flatten(1).T  # the nearest pixels: no colors are invented
 
 
-def transport(cloud, target, colors):
-    """Optimal transport: where do `colors` (Q, 2) go when the palette `cloud` (N, 2) becomes `target` (M, 2)?
+def transport(source, target, colors):
+    """Optimal transport: where do colors (Q, 2) go when the palette source (N, 2) becomes target (N, 2)?
 
-    A plan says how much of each color of the cloud becomes which color of the target, so that all of both is
-    used and the colors move as little as possible. We take the blurred plan of Cuturi (2013). It has the form
-    exp(f + g - distance^2 / (2 BLUR^2)), with a number f for each color of the cloud and a number g for each
-    of the target; Sinkhorn's iterations find them. A color goes to the mean of all that it becomes: (Q, 2).
+    A plan is a table P (N, N): P[i, j] says how much of color i becomes color j, and every row and column adds
+    up to 1. The best plan has the smallest sum of P * distance^2: colors move as little as possible. But it
+    can send two nearly equal colors far apart. So we take the blurred plan of Cuturi (2013), which is
+    P[i, j] = exp(f[i] + g[j] - cost[i, j]) with cost = distance^2 / (2 BLUR^2).
+    Returns (Q, 2): for each color the mean of all that it becomes.
     """
     def cost(x):
-        return torch.cdist(x, target).square() / (2 * BLUR ** 2)  # (rows of x, M)
+        return torch.cdist(x, target).square() / (2 * BLUR ** 2)                # (rows of x, N)
 
-    g, between = torch.zeros(len(target)), cost(cloud)
+    # Sinkhorn's iterations. f makes every row add up to 1: exp(f[i]) is 1 / the sum of exp(g[j] - cost[i, j])
+    # over j. g does so for the columns, which disturbs the rows a little less each time.
+    costs, g = cost(source), torch.zeros(len(target))
     for _ in range(20):
-        f = -(g - between).logsumexp(1)           # (N,) now each color of the cloud is used once in all,
-        g = -(f[:, None] - between).logsumexp(0)  # (M,) now each of the target; the two soon agree
-    return (g - cost(colors)).softmax(1) @ target
+        f = -(g - costs).logsumexp(1)                                           # (N,)
+        g = -(f[:, None] - costs).logsumexp(0)                                  # (N,)
+    # f is only the factor that makes a row's sum 1, and softmax finds it, too. So a row can be computed for
+    # any color, and not only for those of the source.
+    return (g - cost(colors)).softmax(1) @ target                               # (Q, N) @ (N, 2) -> (Q, 2)
 
 
-def refine(lab, palettes, amount=REFINE):
-    """Move the colors of the network's answer lab (1, 3, h, w) toward the style's palette -> (1, 3, h, w).
+def refine(lab, palettes, amount=1.):
+    """Move the colors of the network's answer lab (1, 3, h, w) to the style's palette -> (1, 3, h, w).
 
-    palettes: [(weight, palette of a style)], the weights add up to 1. amount: 0 leaves lab as it is, 1 goes
-    all the way. A code of 32 numbers brings only a part of the style's colors to some photos. So the network
-    decides what has the same color, and here the style decides which color: two pixels of one color still
-    have one color afterwards, as the new color is a function of the old one and of nothing else.
+    A code of 32 numbers brings only a part of the style's colors to some photos. Here they are moved: for one
+    photo and style, the new a, b of a pixel are a function of its old a, b and of nothing else. So the
+    network decides which things have one color, and they keep one color.
+    palettes: [(weight, palette of a style)], the weights add up to 1; amount: 0 leaves lab as it is, 1 goes
+    the whole way.
     """
     if not amount:
         return lab
-    slope, offset = guided_filter(lab)  # as join will show it
-    cloud = palette(slope * lab[:, :1] + offset)
-    # That function as a table: a step of 4 in a and b is fine enough, as the function is blurred by 10.
+    # join will filter the colors that are moved here: so the palette to start from is that of filtered ones.
+    slope, offset = guided_filter(lab)
+    source = palette(slope * lab[:, :1] + offset)                               # (576, 2)
+    # The function becomes a table of 65x65 colors: each pixel on its own would take long in a large picture.
     line = torch.linspace(-128, 128, 65)
-    colors = torch.cartesian_prod(line, line)  # (65 * 65, 2)
-    # A blurred plan is not exact: it moves even the way from a palette to itself. So that way is subtracted.
-    stay = transport(cloud, cloud, colors)
-    moves = sum(weight * (transport(cloud, target, colors) - stay) for weight, target in palettes)
-    table = moves.T.reshape(1, 2, 65, 65)  # (a or b, row: old a, column: old b)
-    # grid_sample reads a table between its entries. It takes the place as (column, row), each in [-1, 1].
+    colors = torch.cartesian_prod(line, line)                                   # (65 * 65, 2)
+    # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but nearer
+    # to the other colors around it. The difference of both ways is 0 where the two palettes agree.
+    stay = transport(source, source, colors)
+    shifts = sum(weight * (transport(source, target, colors) - stay) for weight, target in palettes)
+    table = shifts.T.reshape(1, 2, 65, 65)                                      # (1, a or b, old a, old b)
+    # grid_sample reads a table between its entries, at places (column, row) from -1 to 1.
     places = lab[:, 1:].flip(1).permute(0, 2, 3, 1) / 128                       # (1, h, w, 2)
-    moved = F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
-    return torch.cat([lab[:, :1], lab[:, 1:] + amount * moved], dim=1)
+    shift = F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
+    return torch.cat([lab[:, :1], lab[:, 1:] + amount * shift], dim=1)
 
 
 # ---- drawings ---------------------------------------------------------------------------------------------
@@ -347,13 +358,13 @@ def parse(argv):
     add("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint, or the word paper (default: ours)")
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--raw", action="store_true", help="the network's own small picture, not joined with the photo")
+    add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
     add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, "
                                             "in its own colors if it has any), then a column a style")
     add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each")
-    add("--strength", type=float, default=1., help="0 leaves the photo gray, 1 is the style (default)")
-    add("--refine", type=float, default=REFINE, metavar="AMOUNT",
-        help="how far colors move to the style's palette: 0 as the network made them, 1 all the way (.75)")
+    add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 changes nothing (default)")
+    add("--refine", type=float, default=1., metavar="AMOUNT",
+        help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [
@@ -436,19 +447,22 @@ def find_pictures(arguments):
     return found
 
 
-def looks(styles, blend):
-    """What to color with: [(name, code (1, D), palettes for refine)], one for each style, or for their blend."""
+def make_looks(styles, blend):
+    """What to color with: [(name, code (1, D), [(weight, palette), ...])], for each style or for their blend.
+
+    styles: [(name, small picture (1, 3, h, w), code)]. Codes are plain vectors: their weighted mean is a code
+    as well. The palettes of a blend stay apart, and refine takes the mean of the ways to them.
+    """
     names, pictures, codes = zip(*styles)
     palettes = [palette(rgb_to_lab(small)[:, 1:]) for small in pictures]
     if not blend:
         return [(name, z, [(1., target)]) for name, z, target in zip(names, codes, palettes)]
-    # Codes are plain vectors: their weighted mean is a code as well.
     shares = [w / sum(blend) for w in blend]
     return [("blend", sum(w * z for w, z in zip(shares, codes)), list(zip(shares, palettes)))]
 
 
-def color(model, gray, z, palettes, amount=REFINE, strength=1.):
-    """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w). strength: that of the chroma."""
+def color(model, gray, z, palettes, amount=1., strength=1.):
+    """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w); a, b are multiplied by strength."""
     L, ab = refine(predict(model, gray, z), palettes, amount).split([1, 2], dim=1)
     return torch.cat([L, strength * ab], dim=1)
 
@@ -459,10 +473,10 @@ def color_pairs(model, photos, styles, files, size, args):
     photos: paths; styles: [(name, small picture (1, 3, h, w), code (1, D))]; size: of the short side that the
     network sees.
     """
-    wanted = looks(styles, args.blend)
+    looks = make_looks(styles, args.blend)
     for path, photo in files.open(photos):
         gray = gray_of(resize_short_side(photo, size))  # (1, 1, h, w), made once for all styles
-        for name, z, palettes in wanted:
+        for name, z, palettes in looks:
             lab = color(model, gray, z, palettes, args.refine, args.strength)  # (1, 3, h, w)
             result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab)
             files.save(result, f"{path.stem}_{name}")
@@ -471,15 +485,15 @@ def color_pairs(model, photos, styles, files, size, args):
 def color_grid(model, photos, styles, files, size, args):
     """One sheet: photos down, styles across. The photos' own colors come first, if any photo has some."""
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
-    # A color photo as its own style shows how well the network restores what it was trained to restore.
+    # A color photo as its own style: with --refine 0 this is what the network was trained to restore.
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
-    wanted = looks(styles, args.blend)
+    looks = make_looks(styles, args.blend)
 
     def colorings(photo):
         """One row of the sheet."""
         small = to_tensor(photo)[None] / 255  # (1, 3, size, size)
-        itself = looks([("", small, encode(model, small))], None) if own else []
-        for _, z, palettes in itself + wanted:
+        itself = make_looks([("", small, encode(model, small))], None) if own else []
+        for _, z, palettes in itself + looks:
             lab = color(model, gray_of(small), z, palettes, args.refine, args.strength)
             yield join(photo, lab)
 

@@ -79,8 +79,8 @@ class Settings(ModelConfig):
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
     workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed")
     hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", high=1)
-    style_from: str = setting("same", "the style: the photo itself, a turned crop of it, or another photo",
-                              ("same", "crop", "other"))
+    style_from: str = setting("same", "the style: the photo, the photo turned by quarters, or another photo",
+                              ("same", "turned", "other"))
     # The loss (losses.py). The first three decide what the result looks like: mse keeps it near the photo,
     # lpips makes it look right, palette makes it as colorful as the photo. Mind their sizes: after some
     # training mse is about .01, lpips .1, palette .02, pair .45.
@@ -140,9 +140,9 @@ PRESETS = {
     # Appendix A.1.1: without MSE, a grid appears.
     "lpips-only": dict(mse=0.),
     # Not in the paper: LAB made to work. Hues are turned, so color cannot be guessed from the gray photo. The
-    # palette loss works against the pale averages that MSE asks for, turned crops as styles against learning
+    # palette loss works against the pale averages that MSE asks for, turned photos as styles against learning
     # where things were, the pair loss against two colors on one wall. Found by short trials.
-    "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="crop", dropout=0.,
+    "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="turned", dropout=0.,
                  mse=4., lpips=.1, lpips_net="alex", palette=2., pair=.2,
                  lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }

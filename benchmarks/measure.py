@@ -173,7 +173,7 @@ def network(path, amount):
 
     def color(photo, style):
         gray, style = gray_of(resize_short_side(photo, SIZE)), resize_short_side(style, SIZE)
-        [(_, z, palettes)] = infer.looks([("", style, infer.encode(model, style))], None)
+        [(_, z, palettes)] = infer.make_looks([("", style, infer.encode(model, style))], None)
         return infer.join(photo, infer.color(model, gray, z, palettes, amount))
     return color
 
@@ -230,7 +230,7 @@ def main():
     parser.add_argument("paintings")
     parser.add_argument("--weights", nargs="*", default=[infer.SHIPPED])
     parser.add_argument("--lpips-weights", default="")
-    parser.add_argument("--refine", type=float, nargs="*", default=[0., infer.REFINE],
+    parser.add_argument("--refine", type=float, nargs="*", default=[0., 1.],
                         help="as in infer.py, a row each")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
     parser.add_argument("--limit", type=int, help="only so many photos, evenly spread over the folder")

@@ -417,11 +417,11 @@ def test_a_jpeg_that_is_decoded_smaller_loses_no_sharpness(tmp_path):
     assert difference.abs().mean() < 2  # of 255; decoded at 1/8 the mean is 8
 
 
-def test_style_comes_from_the_photo_a_crop_of_it_or_another_picture(tmp_path):
+def test_style_is_the_photo_or_the_turned_photo_or_another_picture(tmp_path):
     paths = []
-    for i, color in enumerate(colors(6)):  # a color for each picture, and a white edge to tell crops apart
+    for i, color in enumerate(colors(6)):  # a color for each picture, and a white edge to tell how it is turned
         picture = Image.new("RGB", (48, 32), color)
-        picture.paste("white", (0, 0, 48, 10))
+        picture.paste("white", (0, 0, 48, 8))
         picture.save(tmp_path / f"{i}.png")
         paths.append(tmp_path / f"{i}.png")
 
@@ -435,8 +435,8 @@ def test_style_comes_from_the_photo_a_crop_of_it_or_another_picture(tmp_path):
         return styles, sum(torch.equal(photo, style) for photo, style in items), sides
 
     assert owners("same") == ({2}, 40, {0})
-    who, identical, sides = owners("crop")
-    assert who == {2} and identical < 10 and sides == {0, 1, 2, 3}
+    who, identical, sides = owners("turned")
+    assert who == {2} and 2 <= identical <= 20 and sides == {0, 1, 2, 3}       # a quarter is turned by 0
     assert owners("other")[0] == set(range(6))
 
 
@@ -546,13 +546,13 @@ def test_the_number_of_workers_and_a_restart_change_nothing(tmp_path):
 
 
 def test_photos_can_be_pickled(tmp_path):
-    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="crop")
+    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="turned")
     assert same(pickle.loads(pickle.dumps(photos))[1, 2], photos[1, 2])
 
 
 def test_a_spawned_worker_loads_the_same_items(tmp_path):
     """Windows and macOS start processes so: the data set travels pickled into a fresh interpreter."""
-    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="crop", hue_rotation=.5)
+    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="turned", hue_rotation=.5)
 
     def first(**workers):
         return next(iter(DataLoader(photos, batch_sampler=data.batch_order(4, 4, 3, 0), **workers)))
