@@ -143,7 +143,7 @@ PRESETS = {
     # palette loss works against the pale averages that MSE asks for, turned photos as styles against learning
     # where things were, the pair loss against two colors on one wall. Found by short trials.
     "ours": dict(space="lab", padding="replicate", hue_rotation=.5, style_from="turned", dropout=0.,
-                 mse=4., lpips=.1, lpips_net="alex", palette=2., pair=.2,
+                 mse=4., lpips=.3, lpips_net="alex", palette=2., pair=.4,
                  lr=1.5e-3, warmup=200, schedule="cosine", clip=1.),
 }
 
