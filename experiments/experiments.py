@@ -47,7 +47,10 @@ LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": 
 TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING.items()],
             "spread": [(run, run, "val_spread", color) for run, color in DYING.items()],
             "scarcity": [(run, run, "val_transfer", color) for run, color in WIDTHS.items()],
-            "longest": [(column, "final-long", column, color) for column, color in LONGEST.items()]}
+            "longest": [(column, "final-long", column, color) for column, color in LONGEST.items()],
+            # "MSE and LPIPS together".
+            "terms": [("both", "final-long", "val_transfer", "steelblue"),
+                      ("MSE alone", "mse-long", "val_transfer", "darkorange")]}
 
 
 def grid(out, truth):
