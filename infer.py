@@ -200,7 +200,8 @@ def colorize_photo(model, photo, z, size):
 
 # ---- not in the paper: the colors are moved to the style's palette ----------------------------------------
 
-BLUR = 15.  # each color is shared out among the style's colors within about this distance in a, b
+REFINE = .75  # how far the colors move; nearer to 1, slightly different blues of a sky begin to part
+BLUR = 15.    # each color is shared out among the style's colors within about this distance in a, b
 
 
 def palette(ab):
@@ -234,7 +235,7 @@ def transport(source, target, colors):
     return (g - cost(colors)).softmax(1) @ target                               # (Q, N) @ (N, 2) -> (Q, 2)
 
 
-def refine(lab, palettes, amount=1.):
+def refine(lab, palettes, amount=REFINE):
     """Move the colors of the network's answer lab (1, 3, h, w) to the style's palette -> (1, 3, h, w).
 
     A code of 32 numbers brings only a part of the style's colors to some photos. Here they are moved: for one
@@ -363,8 +364,8 @@ def parse(argv):
                                             "in its own colors if it has any), then a column a style")
     add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 changes nothing (default)")
-    add("--refine", type=float, default=1., metavar="AMOUNT",
-        help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default)")
+    add("--refine", type=float, default=REFINE, metavar="AMOUNT",
+        help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default: .75)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [
@@ -461,7 +462,7 @@ def make_looks(styles, blend):
     return [("blend", sum(w * z for w, z in zip(shares, codes)), list(zip(shares, palettes)))]
 
 
-def color(model, gray, z, palettes, amount=1., strength=1.):
+def color(model, gray, z, palettes, amount=REFINE, strength=1.):
     """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w); a, b are multiplied by strength."""
     L, ab = refine(predict(model, gray, z), palettes, amount).split([1, 2], dim=1)
     return torch.cat([L, strength * ab], dim=1)

@@ -49,7 +49,7 @@ class Painter:
         self.model, self.size = infer.load_model(weights)
         self.pictures = pictures
 
-    def color(self, photo, styles, amount=1., strength=1., blend=None):
+    def color(self, photo, styles, amount=infer.REFINE, strength=1., blend=None):
         """A photo in the colors of a style, or of the blend of several; all are names, separated by spaces."""
         photo, styles = self.pictures[photo], [(n, resize_short_side(self.pictures[n], self.size)) for n in styles.split()]
         looks = infer.make_looks([(name, small, infer.encode(self.model, small)) for name, small in styles], blend)
@@ -77,7 +77,7 @@ def main():
 
     if infer.PAPER.exists():
         networks = [("the paper's", Painter(infer.PAPER, pictures), 0),  # the paper has no refining
-                    ("ours", ours, 1)]
+                    ("ours", ours, infer.REFINE)]
         some = [(style, *network) for style in STYLES[:2] for network in networks]
         rows = [[None] + [pictures[style] for style, *_ in some]]
         for photo in PHOTOS[:3]:
@@ -90,7 +90,7 @@ def main():
     style = ("the style", pictures["harvest"])
     save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", "harvest", strength=s)) for s in (0, .5, 1, 1.5)]),
          "strength.jpg")
-    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", x)) for x in (0, .5, 1)]), "refine.jpg")
+    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", x)) for x in (0, infer.REFINE, 1)]), "refine.jpg")
 
     blends = [(f"--blend {a},{4 - a}", ours.color("gray", "garden harvest", blend=[a, 4 - a])) for a in (4, 3, 2, 1, 0)]
     save(strip([("style A", pictures["garden"]), *blends, ("style B", pictures["harvest"])], 180), "blend.jpg")

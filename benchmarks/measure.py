@@ -230,7 +230,7 @@ def main():
     parser.add_argument("paintings")
     parser.add_argument("--weights", nargs="*", default=[infer.SHIPPED])
     parser.add_argument("--lpips-weights", default="")
-    parser.add_argument("--refine", type=float, nargs="*", default=[0., 1.],
+    parser.add_argument("--refine", type=float, nargs="*", default=[0., infer.REFINE],
                         help="as in infer.py, a row each")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
     parser.add_argument("--limit", type=int, help="only so many photos, evenly spread over the folder")

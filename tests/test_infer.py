@@ -542,7 +542,7 @@ def test_refining_brings_the_shipped_networks_palette_nearer():
             style = to_tensor(crop_square(open_picture(TOP / f"examples/{other}.jpg"), 128))[None] / 255
             [(_, z, palettes)] = infer.make_looks([(other, style, infer.encode(model, style))], None)
             shown = [to_tensor(infer.join(photo, infer.color(model, gray, z, palettes, amount)))[None] / 255
-                     for amount in (0., 1.)]
+                     for amount in (0., infer.REFINE)]
             W, W_gray = palette_distances(torch.cat(shown), style.expand(2, -1, -1, -1))
             transfers.append(1 - W / W_gray)
     before, after = torch.stack(transfers).T
