@@ -30,8 +30,8 @@ from pathlib import Path
 try:
     from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut,
                       list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
-                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
-                      to_picture, to_tensor)
+                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically, to_picture,
+                      to_tensor)
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -r requirements.txt")
 except KeyboardInterrupt:  # Ctrl-C in the second that torch takes to load
@@ -190,14 +190,6 @@ def join(photo, lab):
     return result
 
 
-def colorize_photo(model, photo, z, size):
-    """predict and join, without refining, for a PIL photo of any size and a code z -> PIL picture.
-
-    Of a color photo only the lightness is used. train.py draws its samples so.
-    """
-    return join(photo, predict(model, gray_of(resize_short_side(photo, size)), z))
-
-
 # ---- not in the paper: the colors are moved to the style's palette ----------------------------------------
 
 REFINE = .75  # how far the colors move; nearer to 1, slightly different blues of a sky begin to part
@@ -261,6 +253,21 @@ def refine(lab, palettes, amount=REFINE):
     places = lab[:, 1:].flip(1).permute(0, 2, 3, 1) / 128                       # (1, h, w, 2)
     shift = F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
     return torch.cat([lab[:, :1], lab[:, 1:] + amount * shift], dim=1)
+
+
+def color(model, gray, z, palettes, amount=REFINE, strength=1.):
+    """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w); a, b are multiplied by strength."""
+    L, ab = refine(predict(model, gray, z), palettes, amount).split([1, 2], dim=1)
+    return torch.cat([L, strength * ab], dim=1)
+
+
+def colorize_photo(model, photo, z, size, palettes=(), amount=0., strength=1.):
+    """A PIL photo of any size, colored with a code z -> PIL picture of the same size. Not refined by default.
+
+    Of a color photo only the lightness is used.
+    """
+    gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
+    return join(photo, color(model, gray, z, palettes, amount, strength))
 
 
 # ---- drawings ---------------------------------------------------------------------------------------------
@@ -365,7 +372,7 @@ def parse(argv):
     add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 changes nothing (default)")
     add("--refine", type=float, default=REFINE, metavar="AMOUNT",
-        help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default: .75)")
+        help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default: %(default)s)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [
@@ -448,7 +455,7 @@ def find_pictures(arguments):
     return found
 
 
-def make_looks(styles, blend):
+def make_looks(styles, blend=None):
     """What to color with: [(name, code (1, D), [(weight, palette), ...])], for each style or for their blend.
 
     styles: [(name, small picture (1, 3, h, w), code)]. Codes are plain vectors: their weighted mean is a code
@@ -460,12 +467,6 @@ def make_looks(styles, blend):
         return [(name, z, [(1., target)]) for name, z, target in zip(names, codes, palettes)]
     shares = [w / sum(blend) for w in blend]
     return [("blend", sum(w * z for w, z in zip(shares, codes)), list(zip(shares, palettes)))]
-
-
-def color(model, gray, z, palettes, amount=REFINE, strength=1.):
-    """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w); a, b are multiplied by strength."""
-    L, ab = refine(predict(model, gray, z), palettes, amount).split([1, 2], dim=1)
-    return torch.cat([L, strength * ab], dim=1)
 
 
 def color_pairs(model, photos, styles, files, size, args):
@@ -493,10 +494,9 @@ def color_grid(model, photos, styles, files, size, args):
     def colorings(photo):
         """One row of the sheet."""
         small = to_tensor(photo)[None] / 255  # (1, 3, size, size)
-        itself = make_looks([("", small, encode(model, small))], None) if own else []
+        itself = make_looks([("", small, encode(model, small))]) if own else []
         for _, z, palettes in itself + looks:
-            lab = color(model, gray_of(small), z, palettes, args.refine, args.strength)
-            yield join(photo, lab)
+            yield colorize_photo(model, photo, z, size, palettes, args.refine, args.strength)
 
     if pictures:
         shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import infer  # noqa: E402
-from data import crop_square, gray_of, open_picture, resize_short_side, run_program  # noqa: E402
+from data import crop_square, open_picture, resize_short_side, run_program  # noqa: E402
 
 PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
 GAP, LINE = 4, 20  # pixels between pictures; height of a caption
@@ -49,13 +49,11 @@ class Painter:
         self.model, self.size = infer.load_model(weights)
         self.pictures = pictures
 
-    def color(self, photo, styles, amount=infer.REFINE, strength=1., blend=None):
-        """A photo in the colors of a style, or of the blend of several; all are names, separated by spaces."""
-        photo, styles = self.pictures[photo], [(n, resize_short_side(self.pictures[n], self.size)) for n in styles.split()]
-        looks = infer.make_looks([(name, small, infer.encode(self.model, small)) for name, small in styles], blend)
-        _, z, palettes = looks[0]
-        gray = gray_of(resize_short_side(photo, self.size))
-        return infer.join(photo, infer.color(self.model, gray, z, palettes, amount, strength))
+    def color(self, photo, *styles, amount=infer.REFINE, strength=1., blend=None):
+        """A photo in the colors of a style, or of the blend of several; all are names."""
+        small = [(name, resize_short_side(self.pictures[name], self.size)) for name in styles]
+        [(_, z, palettes)] = infer.make_looks([(name, x, infer.encode(self.model, x)) for name, x in small], blend)
+        return infer.colorize_photo(self.model, self.pictures[photo], z, self.size, palettes, amount, strength)
 
 
 def main():
@@ -82,7 +80,7 @@ def main():
         rows = [[None] + [pictures[style] for style, *_ in some]]
         for photo in PHOTOS[:3]:
             rows.append([infer.gray_version(pictures[photo])] + [
-                painter.color(photo, style, amount) for style, _, painter, amount in some])
+                painter.color(photo, style, amount=amount) for style, _, painter, amount in some])
         save(columns(["the photo", *(f"{style}: {name}" for style, name, *_ in some)], rows), "two.jpg")
     else:
         print(f"{infer.PAPER} is not there: no two.jpg")
@@ -90,9 +88,9 @@ def main():
     style = ("the style", pictures["harvest"])
     save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", "harvest", strength=s)) for s in (0, .5, 1, 1.5)]),
          "strength.jpg")
-    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", x)) for x in (0, infer.REFINE, 1)]), "refine.jpg")
+    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", amount=x)) for x in (0, infer.REFINE, 1)]), "refine.jpg")
 
-    blends = [(f"--blend {a},{4 - a}", ours.color("gray", "garden harvest", blend=[a, 4 - a])) for a in (4, 3, 2, 1, 0)]
+    blends = [(f"--blend {a},{4 - a}", ours.color("gray", "garden", "harvest", blend=[a, 4 - a])) for a in (4, 3, 2, 1, 0)]
     save(strip([("style A", pictures["garden"]), *blends, ("style B", pictures["harvest"])], 180), "blend.jpg")
 
     result = ours.color("rocket", "style")

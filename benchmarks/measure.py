@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
-from data import (crop_square, gray_of, lab_to_gamut, list_pictures, open_picture, resize_short_side,  # noqa: E402
+from data import (crop_square, lab_to_gamut, list_pictures, open_picture, resize_short_side,  # noqa: E402
                   rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
@@ -172,9 +172,9 @@ def network(path, amount):
     model, _ = infer.load_model(path)
 
     def color(photo, style):
-        gray, style = gray_of(resize_short_side(photo, SIZE)), resize_short_side(style, SIZE)
-        [(_, z, palettes)] = infer.make_looks([("", style, infer.encode(model, style))], None)
-        return infer.join(photo, infer.color(model, gray, z, palettes, amount))
+        style = resize_short_side(style, SIZE)
+        [(_, z, palettes)] = infer.make_looks([("", style, infer.encode(model, style))])
+        return infer.colorize_photo(model, photo, z, SIZE, palettes, amount)
     return color
 
 

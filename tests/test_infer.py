@@ -13,7 +13,7 @@ from PIL import Image
 
 import infer
 import oracle
-from data import (UserError, crop_square, draw_scene, gray_of, lab_to_gamut, network_to_lab, open_picture,
+from data import (UserError, crop_square, draw_scene, gray_of, open_picture,
                   resize_short_side, rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import palette_distances
 from model import Colorizer, ModelConfig
@@ -218,15 +218,10 @@ def test_a_grid_of_gray_photos_has_no_column_of_own_colors(place):
 
 # ---- refining ---------------------------------------------------------------------------------------------
 
-def clouds(n, m, seed=0):
-    """Two palettes of n and m colors, far from each other."""
-    rng = np.random.default_rng(seed)
-    return rng.normal([20, -10], [12, 25], (n, 2)), rng.normal([-15, 20], [20, 9], (m, 2))
-
-
 def test_transport_is_the_blurred_plan_of_least_cost():
     """Against numpy: 2,000 rounds of Sinkhorn's scaling of exp(-cost), whose rows and columns then add up."""
-    cloud, target = clouds(40, 40)
+    rng = np.random.default_rng(0)
+    cloud, target = rng.normal([20, -10], [12, 25], (40, 2)), rng.normal([-15, 20], [20, 9], (40, 2))
     kernel = np.exp(-((cloud[:, None] - target) ** 2).sum(2) / (2 * infer.BLUR ** 2))
     v = np.ones(40)
     for _ in range(2000):
@@ -540,7 +535,7 @@ def test_refining_brings_the_shipped_networks_palette_nearer():
         gray = gray_of(to_tensor(photo)[None] / 255)
         for other in ("garden", "harvest"):
             style = to_tensor(crop_square(open_picture(TOP / f"examples/{other}.jpg"), 128))[None] / 255
-            [(_, z, palettes)] = infer.make_looks([(other, style, infer.encode(model, style))], None)
+            [(_, z, palettes)] = infer.make_looks([(other, style, infer.encode(model, style))])
             shown = [to_tensor(infer.join(photo, infer.color(model, gray, z, palettes, amount)))[None] / 255
                      for amount in (0., infer.REFINE)]
             W, W_gray = palette_distances(torch.cat(shown), style.expand(2, -1, -1, -1))
