@@ -158,8 +158,15 @@ def sliced_wasserstein(ab, other, n, turn=0.):
     """
     angle = (torch.arange(n, device=ab.device) + turn) * (math.pi / n)
     along = torch.stack([angle.cos(), angle.sin()])                             # (2, n)
-    p, q = (torch.einsum("bchw,cn->bnhw", x, along).flatten(2).sort(dim=2).values for x in (ab, other))
-    return (p - q).abs().mean((1, 2))                                           # (B, n, HW) -> (B,)
+
+    def project(x):
+        """Where the colors of x stand along each direction, in order: (B, n, HW)."""
+        x = torch.einsum("bchw,cn->bnhw", x, along).flatten(2)
+        if x.requires_grad or x.device.type != "cpu":
+            return x.sort(dim=2).values
+        return torch.from_numpy(np.sort(x.numpy(), axis=2))  # the same, some ten times as fast
+
+    return (project(ab) - project(other)).abs().mean((1, 2))                    # (B, n, HW) -> (B,)
 
 
 # ---- files -> pictures ------------------------------------------------------------------------------------

@@ -363,14 +363,15 @@ def parse(argv):
     add("pictures", nargs="+", metavar="PHOTO... STYLE", help="files or folders; the last one is the style")
     add("--styles", nargs="+", default=[], metavar="FILE", help="more style pictures or folders")
     add("--output", default=".", help="a file, or a folder for PHOTO_STYLE.png (default: here)")
-    add("--weights", default=SHIPPED, metavar="FILE", help="a checkpoint, or the word paper (default: ours)")
+    add("--weights", default="ours", metavar="FILE", help="a checkpoint, or the word ours (default) or paper")
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
     add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, "
                                             "in its own colors if it has any), then a column a style")
-    add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each")
-    add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 changes nothing (default)")
+    add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each "
+                                                                  "(=-1,2 if it begins with a minus)")
+    add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, metavar="AMOUNT",
         help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default: %(default)s)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
@@ -408,6 +409,8 @@ class Files:
         self.is_file = self.output.suffix != "" and not is_folder
         if self.is_file and wanted > 1:
             raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
+        if self.is_file and os.path.realpath(output) in self.inputs:
+            raise UserError("is one of the inputs, and stays; choose another --output", output)
         if self.is_file and self.output.suffix.lower() not in EXTENSIONS:
             raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new "
                             "folder must end in /", output)
@@ -422,14 +425,13 @@ class Files:
                 self.failures += 1
 
     def save(self, picture, name):
-        """Save as --output, or as `name`.png in that folder; never over an input. Raises UserError."""
+        """Save as --output, or as `name`.png in that folder. Raises UserError."""
         path = self.output if self.is_file else self.output / f"{name}.png"
-        # a/x.jpg and b/x.jpg would both become x_style.png: the second one becomes x_style_2.png.
+        # a/x.jpg and b/x.jpg would both become x_style.png: the second one becomes x_style_2.png. So does a
+        # result that would replace an input.
         numbers = itertools.count(2)
-        while path in self.taken:
+        while path in self.taken or os.path.realpath(path) in self.inputs:
             path = self.output / f"{name}_{next(numbers)}.png"
-        if os.path.realpath(path) in self.inputs:
-            raise UserError("is one of the inputs, and stays; choose another --output", path)
         limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
         if max(picture.size) > limit:
             raise UserError(f"this format holds at most {limit} pixels a side; choose .png", path)
@@ -515,8 +517,7 @@ def show_codes(styles, files):
         print(f"{printable(name):40s}", *(f"{number:9.3f}" for number in numbers))
     if len(styles) > 1:
         spread = codes.std(0, correction=0)                                     # (D,)
-        print(f"spread over styles: {spread.mean():.4f}, the mean deviation of a number from style to style; "
-              f"{(spread > .01).sum()} of {len(spread)} numbers move by more than .01")
+        print(f"spread over styles: {spread.mean():.4f}, the mean deviation of a number from style to style")
     files.save(histograms(codes, [name for name, *_ in styles]), "latents")
 
 
@@ -538,7 +539,7 @@ def main(argv=None):
                         "go behind --styles")
     # Everything that can be wrong is found out before the first picture is made: to fail after an hour at
     # the last of a thousand photos would be worse than to fail now.
-    weights = PAPER if args.weights == "paper" else args.weights
+    weights = {"ours": SHIPPED, "paper": PAPER}.get(args.weights, args.weights)
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
     files = Files(args.output, [*photos, *style_paths, weights], wanted)
     model, trained_size = load_model(weights, pick_device(args.device))

@@ -58,7 +58,7 @@ def trunk_file(net):
                 return Path(folder, candidate)
     download(URLS[net], cache / name, name.split("-")[-1][:8],
              f"fetch it on another machine and put it into {printable(cache)} or $COLORIZER_WEIGHTS, or name "
-             "it with --lpips-weights FILE; --lpips 0 trains without")
+             "it with --lpips-weights FILE; train.py --lpips 0 works without")
     return cache / name
 
 

@@ -97,7 +97,7 @@ class Settings(ModelConfig):
     # paper's for its long run; a short one learns more with 1e-3 and the cosine schedule.
     lr: float = setting(1e-4, "Adam's learning rate; higher learns faster, until the loss becomes nan")
     weight_decay: float = setting(0., "decoupled weight decay (AdamW); 0 is plain Adam")
-    warmup: int = setting(0, "steps over which the learning rate rises to --lr")
+    warmup: int = setting(0, "steps over which the learning rate rises to --lr; at most a tenth of the run")
     schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
     val_every: int = setting(500, "steps between validations; with --minutes at least about ten a run", low=1)
@@ -289,7 +289,8 @@ def learning_rate(s, step, progress):
     Adam's first steps rest on averages over few gradients, so a high rate is reached gradually. A rate that
     falls to 0 at the end lets the weights settle: the last tenth of a run brings much of its quality.
     """
-    lr = s.lr * min(1, (step + 1) / (s.warmup + 1))                      # warm-up: rises over the first steps
+    # Warm-up: it rises over the first steps, or over the first tenth of a short run.
+    lr = s.lr * min(1, max((step + 1) / (s.warmup + 1), 10 * progress))
     if s.schedule == "cosine":
         lr = lr * (1 + math.cos(math.pi * progress)) / 2  # falls from lr to 0, slowly at both ends
     return lr
@@ -550,6 +551,8 @@ class Run:
                 raise UserError("already holds a run: add --resume to go on, or choose another --output",
                                 self.folder)
             before = self.restore(self.folder / "last.pt", preset)
+        elif resume:
+            print(f"{printable(self.folder)}: nothing to resume here; a new run begins", file=sys.stderr)
         # Later ones win: the defaults, the preset, what the run was started with, the command line. So
         # --resume needs no options, and those that are typed change the run from here on.
         try:
@@ -557,7 +560,8 @@ class Run:
         except ValueError as error:  # the given ones alone were fine, but not together with those of the run
             raise UserError(f"cannot go on with these options: {error}", self.folder) from None
         now = asdict(self.s)
-        changes = [f"{k} {v!r:.200} -> {now[k]!r:.200}" for k, v in before.items() if v != now[k]]
+        changes = [f"{k} {v!r:.200} -> {now[k]!r:.200}" for k, v in before.items()
+                   if v != now[k] and k != "output"]
         if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history = [*self.history, {"until step": self.step, "settings": before}]

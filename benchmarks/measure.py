@@ -225,7 +225,8 @@ def measure(color, photos, facts, styles, pairs, large, lpips):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("photos")
     parser.add_argument("paintings")
     parser.add_argument("--weights", nargs="*", default=[infer.SHIPPED])

@@ -164,6 +164,14 @@ def test_equal_names_from_two_folders_do_not_overwrite_each_other(place):
     assert Path("gray_a.png").exists() and Image.open("gray_a_2.png").size == (192, 160)
 
 
+def test_results_in_the_folder_of_the_photos_replace_no_photo(place):
+    before = Path("photos/gray.png").read_bytes()
+    for names in (["gray_a"], ["gray_a_2", "gray_a_a"]):  # the second time gray_a.png is a photo itself
+        call("photos", "styles/a.png", "--output", "photos")
+        assert all(Path("photos", f"{name}.png").exists() for name in names)
+    assert Path("photos/gray.png").read_bytes() == before
+
+
 def test_a_pair_is_what_the_functions_give_one_after_the_other(place):
     """The command does what the drawing in the file's head says: encode, predict, refine, join."""
     call("photos/gray.png", "styles/a.png")

@@ -169,9 +169,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, capsys):
         assert all((run / name).read_bytes() == before[run / name] for name in rest)
 
 
-def test_resume_in_an_empty_folder_starts_anew(tmp_path):
+def test_resume_in_an_empty_folder_starts_anew_and_says_so(tmp_path, capsys):
     assert go(*TINY, "--steps", 1, "--output", tmp_path / "run", "--resume") == 0
     assert saved(tmp_path / "run")["step"] == 1
+    assert "nothing to resume here; a new run begins" in capsys.readouterr().err
 
 
 def test_resume_names_the_settings_that_differ_and_keeps_the_old_ones(tmp_path, capsys):
@@ -363,6 +364,12 @@ def test_learning_rate_rises_and_falls(step, progress, expected):
     assert train.learning_rate(settings, step, progress) == pytest.approx(expected)
     settings = train.Settings(lr=1., warmup=0)
     assert train.learning_rate(settings, step, progress) == 1.
+
+
+def test_warmup_takes_at_most_a_tenth_of_the_run():
+    settings = train.Settings(lr=1., warmup=200)
+    rates = [train.learning_rate(settings, step, step / 100) for step in range(100)]
+    assert rates[0] == 1 / 201 and rates[5] == pytest.approx(.5) and set(rates[10:]) == {1.}
 
 
 def learner(**settings):
