@@ -3,8 +3,9 @@
     a folder --list_pictures, drop_gray_and_broken--> paths --Photos--> uint8 crops --DataLoader--> train.py
     a file   --open_picture--> an 8-bit RGB picture, whatever its format was
 
-This file imports no network; it only converts to and from the numbers that one sees and makes. Look at a
-drawn scene, and count what a training folder holds:
+This file imports no network; it makes the tensors that a network takes, and pictures of what it answers.
+Color comes first; the plumbing, messages and safe writing of files, stands at the end. Look at a drawn scene,
+and count what a training folder holds:
 
     python -c "import data; data.draw_scene(1).show()"
     python -c "import data; print(len(data.drop_gray_and_broken(data.list_pictures('examples'), 100)))"
@@ -99,11 +100,11 @@ def lab_to_gamut(lab):
     channel is inside [0, 1]. t = 1 is the color itself, t = 0 the gray.
     """
     rgb = lab_to_linear(lab)
-    gray = apply_matrix(RGB_TO_XYZ[1:2], rgb).clamp(0, 1)                       # (B, 1, H, W)
-    room = torch.where(rgb > gray, 1 - gray, gray)  # from the gray to the border of [0, 1], in each channel
-    wish = (rgb - gray).abs().clamp(min=1e-6)                                   # from the gray to the color
-    t = (room / wish).amin(dim=1, keepdim=True).clamp(max=1)                    # (B, 1, H, W)
-    return linear_to_srgb(gray + t * (rgb - gray)).clamp(0, 1)
+    luminance = apply_matrix(RGB_TO_XYZ[1:2], rgb).clamp(0, 1)                  # (B, 1, H, W), the gray
+    wish = rgb - luminance                                                      # from the gray to the color
+    room = torch.where(wish > 0, 1 - luminance, luminance)  # from the gray to the border, in each channel
+    t = (room / wish.abs().clamp(min=1e-6)).amin(dim=1, keepdim=True).clamp(max=1)  # (B, 1, H, W)
+    return linear_to_srgb(luminance + t * wish).clamp(0, 1)
 
 
 def gray_of(rgb):
@@ -148,15 +149,15 @@ def rotate_hue(rgb, angle):
     return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
 
 
-def sliced_wasserstein(ab, other, n, turn=0.):
+def sliced_wasserstein(ab, other, n, offset=0.):
     """Sliced Wasserstein-1 distance of two palettes, (a, b) values (B, 2, H, W) twice -> (B,).
 
     A palette is a cloud of points in the (a, b) plane; where a color stands in the picture does not matter.
     The distance of two sets of numbers is the mean difference of the sorted numbers. For points in the plane,
-    this is taken along n evenly spaced directions and averaged; turn, in [0, 1], rotates the directions by
+    this is taken along n evenly spaced directions and averaged; offset, in [0, 1], rotates the directions by
     that part of their spacing. Both palettes need equally many pixels.
     """
-    angle = (torch.arange(n, device=ab.device) + turn) * (math.pi / n)
+    angle = (torch.arange(n, device=ab.device) + offset) * (math.pi / n)
     along = torch.stack([angle.cos(), angle.sin()])                             # (2, n)
 
     def project(x):
@@ -172,7 +173,7 @@ def sliced_wasserstein(ab, other, n, turn=0.):
 # ---- files -> pictures ------------------------------------------------------------------------------------
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
-CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"}  # Pillow reads none
+CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"}  # unknown to Pillow
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
 
@@ -204,7 +205,7 @@ def open_picture(path, at_least=None):
                 turn = None
             return to_rgb(file if turn is None else file.transpose(turn))
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
-        known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; scale it down first",
+        known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; make it smaller",
                  Image.UnidentifiedImageError: "not a picture format that Pillow knows",
                  PermissionError: "no permission to read it"}
         why = known.get(type(error)) or first_line(error)
@@ -237,7 +238,7 @@ def to_tensor(picture):
 
 
 def to_picture(rgb):
-    """(3, H, W) in [0, 1] -> PIL RGB picture, clamped and rounded: uint8(x * 256) would turn white to black."""
+    """(3, H, W) in [0, 1] -> PIL RGB picture, clamped and rounded; uint8(x * 256) would make white black."""
     x = (rgb.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(x.permute(1, 2, 0).cpu().numpy())                    # (H, W, 3)
 
@@ -269,7 +270,7 @@ def crop_square(picture, size, rng=None):
 
 
 def mean_chroma(picture):
-    """Mean sqrt(a^2 + b^2) of a PIL picture, seen at 32x32: 0 for gray, 20 to 40 for most photos."""
+    """Mean sqrt(a^2 + b^2) of a PIL picture, seen at 32x32: 0 for gray, 10 to 30 for most photos."""
     lab = rgb_to_lab(to_tensor(picture.resize((32, 32), Image.Resampling.BOX))[None] / 255)
     return lab[:, 1:].square().sum(1).sqrt().mean().item()
 
@@ -475,8 +476,7 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     """The folder of Imagenette2-160 (9,469 + 3,925 photos, 99 MB), downloaded and unpacked on first use.
 
     Ten classes of ImageNet at a short side of 160 pixels: enough to learn from, small enough for a laptop.
-
-    Members of the archive that would land outside the folder are refused. Raises UserError.
+    Raises UserError.
     """
     archive = Path(folder, url.rsplit("/", 1)[-1])
     target = archive.with_suffix("")

@@ -1,6 +1,7 @@
 """The losses that training minimizes, and the measures of a result.
 
-    color loss = mse * MSE + lpips * LPIPS [+ palette * sliced Wasserstein]              (section 2.2)
+    color loss = mse * MSE + lpips * LPIPS              (section 2.2)
+                 + palette * sliced Wasserstein         (ours, optional)
 
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", looks at
 both pictures, and the distance is taken between what it sees. Pictures are RGB in [0, 1] unless a docstring
@@ -93,8 +94,7 @@ class LPIPS(nn.Module):
         self.trunk = trunk if trunk is not None else load_trunk(net)
         self.taps = TAPS[net]
         linear = torch.load(LINEAR_WEIGHTS, map_location="cpu", weights_only=True)[net]
-        for i, w in enumerate(linear):                                          # (1, C, 1, 1), all >= 0
-            self.register_buffer(f"linear{i}", w)
+        self.linear = nn.ParameterList(linear)                                  # 5 x (1, C, 1, 1), all >= 0
         # The trunk was trained on normalized photos; these constants come with LPIPS and expect [-1, 1].
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188])[None, :, None, None])
         self.register_buffer("scale", torch.tensor([.458, .448, .450])[None, :, None, None])
@@ -116,22 +116,19 @@ class LPIPS(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self.features(target.float())
-            distance = 0
-            for i, (a, b) in enumerate(zip(self.features(x.float()), wanted)):
-                linear = self.get_buffer(f"linear{i}")                          # (1, C, 1, 1)
-                distance = distance + F.conv2d((a - b).square(), linear).mean((1, 2, 3))
-        return distance                                                         # (B,)
+            return sum(F.conv2d((a - b).square(), w).mean((1, 2, 3))            # (B,)
+                       for a, b, w in zip(self.features(x.float()), wanted, self.linear))
 
 
 # ---- training losses --------------------------------------------------------------------------------------
 
-def color_loss(out, gray, rgb, space, loss_weights, lpips=None, turn=0.):
+def color_loss(out, gray, rgb, space, loss_weights, lpips=None, offset=0.):
     """The colorization loss of section 2.2.
 
     out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be, (B, 3, H, W).
     space: "rgb" or "lab": MSE is taken on RGB or on a, b / 110, LPIPS always on RGB.
     loss_weights: {"mse": w, "lpips": w, "palette": w}; a zero leaves the term out. lpips: an LPIPS module, if
-    its weight is not 0; turn: as in palette_loss.
+    its weight is not 0; offset: as in palette_loss.
     Returns the weighted sum and a dictionary of the terms (means over the batch, without graph).
     """
     terms = {}
@@ -140,23 +137,23 @@ def color_loss(out, gray, rgb, space, loss_weights, lpips=None, turn=0.):
     if loss_weights["lpips"]:
         terms["lpips"] = lpips(network_to_rgb(out, gray, space), rgb).mean()
     if loss_weights["palette"]:
-        terms["palette"] = palette_loss(out, rgb, space, turn)
+        terms["palette"] = palette_loss(out, rgb, space, offset)
     loss = sum(loss_weights[k] * v for k, v in terms.items())
     return loss, {k: v.detach() for k, v in terms.items()}
 
 
-def palette_loss(out, rgb, space, turn=0.):
+def palette_loss(out, rgb, space, offset=0.):
     """Distance between the palettes of the network's answer and of a picture; not in the paper.
 
     MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
-    is taken along 8 directions; turn, in [0, 1], rotates them by that part of their spacing. A quarter of the
-    pixels is enough: every second row and column of the picture, and for the output the means of 2x2 pixels,
-    so that the network gains nothing by mixing colors in a checkerboard.
+    is taken along 8 directions; offset, in [0, 1], rotates them by that part of their spacing. A quarter of
+    the pixels is enough: every second row and column of the picture, and for the output the means of 2x2
+    pixels, so that the network gains nothing by mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
     # From row 1 on: of an odd side, too, as many pixels are left as avg_pool2d leaves.
     wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                       # (B, 2, H/2, W/2)
-    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, turn).mean()
+    return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, offset).mean()
 
 
 def pair_loss(ab, lab, pixels=384):
@@ -166,12 +163,13 @@ def pair_loss(ab, lab, pixels=384):
     the units of LAB. No truth exists for a foreign style, but what had one color in the photo should have one
     color now. Coloring by lightness alone would make this distance small, too; so we divide by the distance
     of pixels with equal lightness and different true color. All pairs of some random pixels are looked at;
-    pictures in which less than one pair in 500 may stand in the denominator are left out.
+    pictures with too few pairs for the denominator are left out. (An all gray answer makes this loss small,
+    too. The palette loss is there against that.)
     """
     chosen = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
 
     def distances(x):
-        """From each of the chosen pixels to each other one, in the units of LAB; 2.3 can just be seen."""
+        """Between all pairs of the chosen pixels, in the units of LAB; 2.3 can just be seen."""
         x = x.flatten(2)[:, :, chosen]                                          # (B, C, N)
         return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()  # (B, N, N)
 
@@ -181,23 +179,24 @@ def pair_loss(ab, lab, pixels=384):
     same = torch.exp(-(distances(true) / 5).square())                          # (B, N, N), 1 = the same color
     apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
     d = distances(ab)
-    near, far = ((w * d).sum((1, 2)) / (w.sum((1, 2)) + 1e-6) for w in (same, apart))   # (B,), (B,)
-    # The 1 keeps a gray answer from 0 / 0. A ratio above 2 is clamped: such a picture gives no gradient.
-    ratio = near / (far + 1)
-    enough = (apart.mean((1, 2)) > .002).float()                                # (B,)
+    within, between = ((w * d).sum((1, 2)) / (w.sum((1, 2)) + 1e-6) for w in (same, apart))  # (B,), (B,)
+    # The 1 keeps the quotient small where both are near 0. Above 2 it is clamped: no gradient from there.
+    ratio = within / (between + 1)
+    enough = (apart.mean((1, 2)) > .002).float()                                # (B,), mean over all pairs
     return (ratio.clamp(max=2) * enough).sum() / enough.sum().clamp(min=1)
 
 
-def style_loss(model, gray, style, out):
-    """Section 3.2, the attempt that failed: the code of the result should be the code of the style.
+def style_loss(model, gray, z, out):
+    """Section 3.2, the attempt that failed: the code of the result should be the code z (B, D) of the style.
 
-    As in the paper, the result's code is taken without gradient. Only the style encoder gets a gradient, and
-    the easiest way to lower this loss is to shrink all codes to zero. Returns a number.
+    As in the paper, the result's code is taken without gradient. So only the style encoder can lower this
+    loss, and nothing fixes the scale of its codes: with foreign styles they shrink to zero, with the photo's
+    own they explode (experiments/README.md). Returns a number.
     """
     space = model.config.space
     with torch.no_grad():
         result = model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space))
-    return F.mse_loss(model.encode_style(rgb_to_network(style, space)), result)
+    return F.mse_loss(z.float(), result)
 
 
 # ---- measures of a result ---------------------------------------------------------------------------------

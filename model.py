@@ -40,7 +40,7 @@ class ModelConfig:
     dropout: float = setting(.2, "share of features set to 0 after every block, in training only", (), 0, .95)
     use_style: bool = setting(True, "style encoder and AdaIN; without them it is the plain U-Net of table 1")
     sigmoid: bool = setting(False, "squash the style code into (0, 1), as tried in section 3.2")
-    padding: str = setting("zeros", "what 3x3 convolutions see beyond the border", ("zeros", "replicate"))
+    padding: str = setting("zeros", "what 3x3 convolutions of the U-Net see beyond a border", ("zeros", "replicate"))
 
     def check(self):
         """Raise ValueError for the first setting of a wrong type or outside its bounds; returns self.
@@ -74,26 +74,11 @@ class ModelConfig:
 
 # ---- the parts --------------------------------------------------------------------------------------------
 
-def reflect_pad(x, multiple):
-    """Pad (B, C, H, W) at the bottom and the right to multiples of `multiple` by reflection.
-
-    F.pad(mode="reflect") refuses to pad by as much as the picture is large. Counting back and forth,
-    0 1 2 3 2 1 0 1 ..., has no such limit: a 1x1 picture simply repeats its one pixel.
-    """
-    for dim in (2, 3):
-        n = x.shape[dim]
-        if n % multiple:
-            padded = n + -n % multiple                                          # the next multiple
-            i = torch.arange(padded, device=x.device) % max(2 * (n - 1), 1)    # 0 1 2 3 4 5 0 1 ... for n = 4
-            x = x.index_select(dim, torch.minimum(i, 2 * (n - 1) - i))          # 0 1 2 3 2 1 0 1 ...
-    return x
-
-
 def conv_block(channels_in, channels_out, convs, padding):
     """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
 
     Zero padding tells the network where the border is, and it uses that to lay colors across the picture;
-    "replicate" repeats the border's own features and gives no such hint.
+    "replicate" repeats the border's own features: hardly a hint. (Transposed convolutions keep their zeros.)
     """
     layers = []
     for _ in range(convs):
@@ -139,9 +124,9 @@ class Colorizer(nn.Module):
         w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
         up = [8 * w, 4 * w, 2 * w, w]                        # channels in which the four decoder stages begin
-        narrow = [4 * w, 2 * w, w, w]                                           # channels in which they end
+        narrow = up[1:] + [w]                                                   # channels in which they end
 
-        # Encoder. The two deepest stages, whose maps are small and cheap, have 4 convolutions, the others 2.
+        # Encoder. The two deepest stages, whose maps are small, have 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
             conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
         # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
@@ -151,8 +136,8 @@ class Colorizer(nn.Module):
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in up)
         self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in up)
         self.decoder = nn.ModuleList(conv_block(i, o, 3, c.padding) for i, o in zip(up, narrow))
-        # AdaIN normalizes every channel anew, so a bias or a BatchNorm scale right before it has no effect.
-        # Both stay, because the paper has them.
+        # AdaIN normalizes every channel anew, so a bias or a positive scale of BatchNorm right before it has no
+        # effect. Both stay, because the paper has them.
         if c.use_style:
             self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid)
             self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in down + up)
@@ -181,8 +166,10 @@ class Colorizer(nn.Module):
         gray: (B, 1, H, W) in [0, 1], any size; z: (B, D), or (1, D) for all of them, or None for the plain U-Net.
         Returns (B, 3, H, W) RGB around [0, 1], not clamped, or (B, 2, H, W) a, b / 110.
         """
+        # Every side must be a multiple of 16: the last row and column are repeated, and cut off at the end.
         H, W = gray.shape[2:]
-        gray = reflect_pad(gray, STRIDE)
+        if H % STRIDE or W % STRIDE:
+            gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
 
         # Encoder: five stages, each at half the size of the one before.
         x, skips = gray, []

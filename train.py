@@ -70,8 +70,8 @@ class Settings(ModelConfig):
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
-    # accumulate. 64 is four times as fast as 128 and good for a first look. hue_rotation and style_from make
-    # it harder to guess the colors without looking at the style, and to copy where they were.
+    # accumulate. 64 is four times as fast as 128 and good for a first look. hue_rotation makes
+    # it harder to guess the colors without looking at the style, style_from to copy where they were in it.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
     batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", low=1)
     accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", low=1)
@@ -81,9 +81,9 @@ class Settings(ModelConfig):
     hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", high=1)
     style_from: str = setting("same", "the style: the photo, the photo turned by quarters, or another photo",
                               ("same", "turned", "other"))
-    # The loss (losses.py). The first three decide what the result looks like: mse keeps it near the photo,
-    # lpips makes it look right, palette makes it as colorful as the photo. Mind their sizes: after some
-    # training mse is about .01, lpips .1, palette .02, pair .45.
+    # The loss (losses.py). mse keeps the result near the photo, lpips makes it look right, palette makes it
+    # as colorful as the photo, pair keeps one thing in one color. Mind their sizes: after some training of
+    # `ours` mse is about .008, lpips .12, palette .025, pair .4.
     mse: float = setting(1., "weight of the mean squared error")
     lpips: float = setting(1., "weight of LPIPS, 0: not even loaded")
     lpips_net: str = setting("vgg", "trunk of LPIPS; alex is cheaper and the authors'", ("vgg", "alex"))
@@ -94,7 +94,7 @@ class Settings(ModelConfig):
                               ("none", "combined", "dual"))
     alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", high=1)
     # The optimizer, Adam. If the loss jumps or becomes nan: a smaller lr, a warmup, or clip 1. 1e-4 is the
-    # paper's for its long run; a short one learns more with 1e-3 and the cosine schedule.
+    # authors' for their long run; a short one learns more with 1e-3 and the cosine schedule.
     lr: float = setting(1e-4, "Adam's learning rate; higher learns faster, until the loss becomes nan")
     weight_decay: float = setting(0., "decoupled weight decay (AdamW); 0 is plain Adam")
     warmup: int = setting(0, "steps over which the learning rate rises to --lr; at most a tenth of the run")
@@ -211,13 +211,15 @@ class Recipe:
     def losses(self, model, batch, seed):
         """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}.
 
+        (The log's val_loss is the color loss alone: with pair or a style loss it does not compare with this.)
+
         batch: (gray, rgb, style) as prepare gives them; seed: of everything that is random in here.
         """
         s, (gray, rgb, style) = self.s, batch
         # Seeds dropout, the palette's directions and the pixels of the pairs. (Set anew before each forward
         # pass: so the state of torch's generator need not be saved to resume a run.)
         torch.manual_seed(seed)
-        turn = torch.rand(()).item()
+        offset = torch.rand(()).item()
 
         # Forward. In the paper the style is the photo itself ("implicit training"): nothing but the wish to
         # restore the photo teaches the style encoder what to put into z.
@@ -225,7 +227,7 @@ class Recipe:
             z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
             out = model.colorize(gray, z).float()                               # (B, 3 or 2, S, S)
         # Losses are computed in float32, outside of autocast.
-        color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, turn)
+        color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, offset)
         losses = {"train_loss": color}
 
         # Ours: half of the batch again, in the colors of the next picture. There is no truth to compare with;
@@ -236,12 +238,12 @@ class Recipe:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, turn) / 2  # of half the pictures
+            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, offset) / 2  # of half the pictures
             losses = {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
         if s.style_loss != "none":
-            codes = style_loss(model, gray, style, out)
+            codes = style_loss(model, gray, z, out)
             total = s.alpha * color + (1 - s.alpha) * codes if s.style_loss == "combined" else color
             losses = {"train_loss": total, "color_loss": color, "style_loss": codes}
         return losses
@@ -287,7 +289,7 @@ def learning_rate(s, step, progress):
     """The learning rate at a step. progress: share of the whole run that is done, in [0, 1].
 
     Adam's first steps rest on averages over few gradients, so a high rate is reached gradually. A rate that
-    falls to 0 at the end lets the weights settle: the last tenth of a run brings much of its quality.
+    falls to 0 at the end lets the weights settle.
     """
     # Warm-up: it rises over the first steps, or over the first tenth of a short run.
     lr = s.lr * min(1, max((step + 1) / (s.warmup + 1), 10 * progress))
@@ -318,7 +320,7 @@ def validate(model, recipe, batches):
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
-        # Does it listen? Every photo once more, with the code of the next picture of the batch (the only one
+        # Does it listen? Every photo once more, with the code of the one before it in the batch (the only one
         # of a batch gets its own). No truth exists for this; so palettes are compared.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
@@ -473,7 +475,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
             processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
             if not processes.rank:
                 report(run, model, recipe, optimizers, val_loader, stopping)
-            # The next one comes after a tenth of the run, or after five times what this one took.
+            # The next one comes after a tenth of the run or five times what this one took, whichever is more.
             *_, now = processes.agree({}, stop, run.clock())
             next_validation = now + max(tenth, 5 * (now - run.seconds))
         if stopping:
@@ -488,7 +490,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 def report(run, model, recipe, optimizers, val_loader, stopping):
     """Validate (not when stopped: somebody waits), write the log, the checkpoints and a sample strip.
 
-    last.pt comes after best.pt: a run killed between the two resumes from the older last.pt, and writes both again.
+    last.pt comes after best.pt: a run killed between the two resumes from the older last.pt.
     """
     result = {} if stopping else validate(model, recipe, val_loader)
     if not math.isfinite(result.get("loss", 0)):

@@ -131,14 +131,19 @@ def draw(runs, folder):
             codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
         if name in CURVES:
             Image.open(run_folder / "loss.png").save(folder / f"curves-{name}.png")
-    page.save(folder / "experiments.jpg", quality=90)
+    # Only what these runs give: other figures in the folder stay.
+    if closeups:
+        page.save(folder / "experiments.jpg", quality=90)
     for figure, curves in TOGETHER.items():
         rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves if run in runs
                 for row in read_log(runs[run]) if row["val_loss"]]  # none where a run was interrupted
-        infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
+        if rows:
+            infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
-        w, h = (max([getattr(p, side) for p in pictures], default=1) for side in ("width", "height"))
-        page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h or 1), "white")
+        if not pictures:
+            continue
+        w, h = (max(getattr(p, side) for p in pictures) for side in ("width", "height"))
+        page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
         for i, picture in enumerate(pictures):
             page.paste(picture, (i % columns * w, i // columns * h))
         page.save(folder / f"{name}.png")

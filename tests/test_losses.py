@@ -112,7 +112,7 @@ def test_lpips_of_black_with_dead_features_is_the_size_of_the_others_features():
     net = LPIPS("alex", trunk)
     black, white = torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64)
     assert all((f == 0).all() for f in net.features(black))
-    expected = sum((net.get_buffer(f"linear{i}") * f.square()).sum(1).mean() for i, f in enumerate(net.features(white)))
+    expected = sum((net.linear[i] * f.square()).sum(1).mean() for i, f in enumerate(net.features(white)))
     assert net(black, white).item() == pytest.approx(expected.item(), rel=1e-5) and expected > .01
     half = torch.cat([black[:, :, :32], white[:, :, 32:]], dim=2).requires_grad_()  # zero features beside others
     net(half, white).backward()
@@ -329,7 +329,7 @@ def test_color_loss_is_the_weighted_sum_of_its_terms(space):
     expected = {"mse": np.mean((out - answer) ** 2), "lpips": 3 * np.mean(np.sum((shown - rgb) ** 2, axis=1)),
                 "palette": palette_by_hand(tensors[0], tensors[2], space, .3)}
     weights = {"mse": .7, "lpips": 2., "palette": .4}
-    loss, terms = color_loss(*tensors, space, weights, distance, turn=.3)
+    loss, terms = color_loss(*tensors, space, weights, distance, offset=.3)
     assert {k: v.item() for k, v in terms.items()} == pytest.approx(expected, rel=1e-4)
     assert loss.item() == pytest.approx(sum(weights[k] * expected[k] for k in weights), rel=1e-4)
 
@@ -534,7 +534,7 @@ def test_style_loss_compares_the_codes_of_style_and_result_and_moves_the_style_e
     gray, style = rand(2, 1, 32, 32), rand(2, 3, 32, 32)
     out = rand(2, 3, 32, 32, low=-.2, high=1.2) if space == "rgb" else rand(2, 2, 32, 32, low=-.3, high=.3)
     out.requires_grad_()
-    loss = style_loss(model, gray, style, out)
+    loss = style_loss(model, gray, model.encode_style(rgb_to_network(style, space)), out)
     loss.backward()
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert moved == {"style_encoder"} and out.grad is None

@@ -106,7 +106,9 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alex
     seen = {"convolution", "convolution_backward", "native_batch_norm_backward", "max_pool2d_with_indices_backward",
             "addcdiv_", "linalg_vector_norm"}
     if s.use_style:
-        seen |= {"native_batch_norm", "addmm", "sort"}
+        seen |= {"native_batch_norm", "addmm"}
+    if s.palette:  # without a gradient numpy sorts, but on the CPU only: this preset looks sort up for all of them
+        seen |= {"sort"}
     if s.dropout:
         seen |= {"bernoulli_.float"}
     assert recorder.names >= {f"aten::{n}" for n in seen}  # forward, backward, the optimizer and validation
@@ -135,7 +137,7 @@ def test_every_operator_of_inference_has_an_mps_kernel(preset, table, random_ale
     with Recorder() as recorder:
         for more in modes[preset]:
             assert infer.main([*files[:2], *options, *more]) == 0
-    seen = {"convolution", "native_batch_norm", "index_select", "logsumexp", "grid_sampler_2d"}
+    seen = {"convolution", "native_batch_norm", "replication_pad2d", "logsumexp", "grid_sampler_2d"}
     assert recorder.names >= {f"aten::{n}" for n in seen | ({"histc"} if preset == "ours" else set())}
     assert missing(recorder.names, table) == []
     assert recorder.doubles == set()
