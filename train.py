@@ -789,9 +789,10 @@ def main(argv=None):
     arguments = parse(argv)
     try:
         code = train(*arguments)
-    except RuntimeError as error:
-        # torch has no types of its own for these; the text is all there is.
-        if "DataLoader worker" in str(error):
+    except (RuntimeError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
+        # Batches come through sockets: a loading process that ends while it sends one gives the last three.
+        # For the others torch has no types of its own; the text is all there is.
+        if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
             raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none); "
                             "--resume goes on from the last checkpoint") from None
         lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)

@@ -145,6 +145,15 @@ def test_a_loader_that_is_killed_ends_the_run_with_one_line(tmp_path):
     assert code == 1 and "loading process" in message(err) and "--workers" in err and "--resume" in err
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_loader_that_ends_while_it_sends_a_batch_gives_the_same_line(tmp_path, monkeypatch, error):
+    def broken(*_):
+        raise error
+    monkeypatch.setattr(train, "loop", broken)
+    with pytest.raises(UserError, match="a loading process was ended"):
+        go(*TINY, "--steps", 1, "--output", tmp_path / "run")
+
+
 @LINUX
 def test_kill_9_ends_the_loaders_too_and_releases_the_folder(tmp_path):
     run = tmp_path / "run"
