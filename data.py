@@ -225,10 +225,9 @@ def to_rgb(picture):
         top = 65535 if x.max() > 255 or picture.mode not in "FI" else 255
         top = 1 if picture.mode == "F" and x.max() <= 1 else top
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+    if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
 
 

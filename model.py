@@ -166,7 +166,7 @@ class Colorizer(nn.Module):
         gray: (B, 1, H, W) in [0, 1], any size; z: (B, D), or (1, D) for all of them, or None for the plain U-Net.
         Returns (B, 3, H, W) RGB around [0, 1], not clamped, or (B, 2, H, W) a, b / 110.
         """
-        # Every side must be a multiple of 16: the last row and column are repeated, and cut off at the end.
+        # The last row and column are repeated up to a multiple of STRIDE, and cut off again at the end.
         H, W = gray.shape[2:]
         if H % STRIDE or W % STRIDE:
             gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")

@@ -70,8 +70,8 @@ class Settings(ModelConfig):
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
-    # accumulate. 64 is four times as fast as 128 and good for a first look. hue_rotation makes
-    # it harder to guess the colors without looking at the style, style_from to copy where they were in it.
+    # accumulate. 64 is four times as fast as 128 and good for a first look. hue_rotation makes it harder to
+    # guess the colors without looking at the style, style_from to copy where they were in it.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
     batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", low=1)
     accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", low=1)
