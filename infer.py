@@ -190,10 +190,42 @@ def join(photo, lab):
     return result
 
 
-# ---- not in the paper: the colors are moved to the style's palette ----------------------------------------
+# ---- not in the paper: one surface gets one color, and the colors move to the style's palette -------------
 
-REFINE = .75  # how far the colors move; nearer to 1, slightly different blues of a sky begin to part
-BLUR = 15.    # each color is shared out among the style's colors within about this distance in a, b
+REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
+EDGE = 1.5    # two neighbors whose L differs by more than about this lie on two surfaces
+SPREAD = 1e3  # how strongly neighbors on one surface are pulled together; its root, 32, is how far colors run
+BLUR = 7.     # each color is shared out among the style's colors within about this distance in a, b
+
+
+def smooth(ab, L):
+    """Spread the colors of a small picture within its surfaces: a, b (1, 2, h, w), L (1, 1, h, w) -> (1, 2, h, w).
+
+    The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x we
+    want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the neighbor)^2
+    over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 where it jumps: so the patches
+    of a sky run together, and nothing runs across an edge.
+    """
+    across, down = (SPREAD * torch.exp(-(L.diff(dim=d) / EDGE).square()) for d in (3, 2))
+
+    def apply(x):
+        """The sum is smallest where its slope is 0. That is, where this function of x is ab. (1, 2, h, w)"""
+        right, below = across * x.diff(dim=3), down * x.diff(dim=2)
+        return (x + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
+                + F.pad(below, (0, 0, 1, 0)) - F.pad(below, (0, 0, 0, 1)))
+
+    # So a linear equation for each pixel has to be solved, 16,384 of them at 128x128. Conjugate gradients
+    # (Hestenes and Stiefel 1952) need no matrix: they go from ab in a direction p, as far as the sum falls,
+    # and then in the next. After 60 directions little is left to gain.
+    x, rest = ab, ab - apply(ab)
+    p, size = rest, rest.square().sum()
+    for _ in range(60):
+        slope = apply(p)
+        step = size / (p * slope).sum().clamp(min=1e-12)  # not 0 / 0 where there is nothing to do
+        x, rest = x + step * p, rest - step * slope
+        size, before = rest.square().sum(), size
+        p = rest + size / before.clamp(min=1e-12) * p
+    return x
 
 
 def palette(ab):
@@ -227,20 +259,15 @@ def transport(source, target, colors):
     return (g - cost(colors)).softmax(1) @ target                               # (Q, N) @ (N, 2) -> (Q, 2)
 
 
-def refine(lab, palettes, amount=REFINE):
-    """Move the colors of the network's answer lab (1, 3, h, w) to the style's palette -> (1, 3, h, w).
+def move(ab, palettes):
+    """Move the colors of a small picture, a, b (1, 2, h, w), to the style's palette -> (1, 2, h, w).
 
     A code of 32 numbers brings only a part of the style's colors to some photos. Here they are moved: for one
     photo and style, the new a, b of a pixel are a function of its old a, b and of nothing else. So the
     network decides which things have one color, and they keep one color.
-    palettes: [(weight, palette of a style)], the weights add up to 1; amount: 0 leaves lab as it is, 1 goes
-    the whole way.
+    palettes: [(weight, palette of a style)], the weights add up to 1.
     """
-    if not amount:
-        return lab
-    # join will filter the colors that are moved here: so the palette to start from is that of filtered ones.
-    slope, offset = guided_filter(lab)
-    source = palette(slope * lab[:, :1] + offset)                               # (576, 2)
+    source = palette(ab)                                                        # (576, 2)
     # The function becomes a table of 65x65 colors: each pixel on its own would take long in a large picture.
     line = torch.linspace(-128, 128, 65)
     colors = torch.cartesian_prod(line, line)                                   # (65 * 65, 2)
@@ -250,9 +277,22 @@ def refine(lab, palettes, amount=REFINE):
     shifts = sum(weight * (transport(source, target, colors) - stay) for weight, target in palettes)
     table = shifts.T.reshape(1, 2, 65, 65)                                      # (1, a or b, old a, old b)
     # grid_sample reads a table between its entries, at places (column, row) from -1 to 1.
-    places = lab[:, 1:].flip(1).permute(0, 2, 3, 1) / 128                       # (1, h, w, 2)
-    shift = F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
-    return torch.cat([lab[:, :1], lab[:, 1:] + amount * shift], dim=1)
+    places = ab.flip(1).permute(0, 2, 3, 1) / 128                               # (1, h, w, 2)
+    return ab + F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
+
+
+def refine(lab, palettes, amount=REFINE):
+    """The network's answer lab (1, 3, h, w) with smooth surfaces and the style's palette -> (1, 3, h, w).
+
+    Smooth first, so that patches of a surface are not moved to different colors of the style; and again,
+    because moving pulls apart what is left of them. palettes: as move takes them; amount: 0 leaves lab as it
+    is, 1 goes the whole way.
+    """
+    if not amount:
+        return lab
+    L, ab = lab.split([1, 2], dim=1)
+    refined = smooth(move(smooth(ab, L), palettes), L)                          # (1, 2, h, w)
+    return torch.cat([L, torch.lerp(ab, refined, amount)], dim=1)
 
 
 def color(model, gray, z, palettes, amount=REFINE, strength=1.):
@@ -373,7 +413,8 @@ def parse(argv):
                                                                   "(=-1,2 if it begins with a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, metavar="AMOUNT",
-        help="how far colors move to the style's palette: 0 not at all, 1 the whole way (default: %(default)s)")
+        help="one color a surface, and the style's palette: 0 leaves the network's colors, 1 goes the whole way "
+             "(default: %(default)s)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [
