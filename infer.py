@@ -15,8 +15,8 @@ result is as large and as sharp as the photo, whatever its size.
     photo (H, W) and L, a, b --join--> picture (H, W)
 
 The sections follow this way: a checkpoint is read; encode and predict are the paper's method, join makes the
-large picture; refine, which is ours, brings the colors nearer to the style's; then come drawings of several
-results, and last the command line, where `main` is the place to begin.
+large picture; refine, which is ours, makes surfaces smooth and brings the colors nearer to the style's; then
+come drawings of several results, and last the command line, where `main` is the place to begin.
 """
 import itertools
 import math
@@ -199,32 +199,32 @@ BLUR = 10.    # each color is shared out among the style's colors within about t
 
 
 def smooth(ab, L):
-    """Spread the colors of a small picture within its surfaces: a, b (1, 2, h, w), L (1, 1, h, w) -> (1, 2, h, w).
+    """Spread the colors of a small picture within its surfaces: ab (1, 2, h, w), L (1, 1, h, w) -> ab.
 
-    The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x we
-    want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the neighbor)^2
-    over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 where it jumps: so the patches
-    of a sky run together, and nothing runs across an edge.
+    The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x
+    we want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the
+    neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 where it jumps:
+    so the patches of a sky run together, and nothing runs across an edge.
     """
     across, down = (SPREAD * torch.exp(-(L.diff(dim=d) / EDGE).square()) for d in (3, 2))
 
-    def apply(x):
-        """The sum is smallest where its slope is 0. That is, where this function of x is ab. (1, 2, h, w)"""
+    def A(x):
+        """The sum is smallest where its slope is 0. That is, where this linear function of x is ab."""
         right, below = across * x.diff(dim=3), down * x.diff(dim=2)
         return (x + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
-                + F.pad(below, (0, 0, 1, 0)) - F.pad(below, (0, 0, 0, 1)))
+                + F.pad(below, (0, 0, 1, 0)) - F.pad(below, (0, 0, 0, 1)))      # (1, 2, h, w)
 
-    # So a linear equation for each pixel has to be solved, 16,384 of them at 128x128. Conjugate gradients
-    # (Hestenes and Stiefel 1952) need no matrix: they go from ab in a direction p, as far as the sum falls,
-    # and then in the next. After 60 directions little is left to gain.
-    x, rest = ab, ab - apply(ab)
-    p, size = rest, rest.square().sum()
+    # So A(x) = ab has to be solved, two equations for each pixel. Conjugate gradients (Hestenes and Stiefel
+    # 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then in another,
+    # which spoils nothing of what was gained. After 60 of them little is left of the residual r.
+    x, r = ab, ab - A(ab)
+    p, rr = r, r.square().sum()
     for _ in range(60):
-        slope = apply(p)
-        step = size / (p * slope).sum().clamp(min=1e-12)  # not 0 / 0 where there is nothing to do
-        x, rest = x + step * p, rest - step * slope
-        size, before = rest.square().sum(), size
-        p = rest + size / before.clamp(min=1e-12) * p
+        Ap = A(p)
+        step = rr / (p * Ap).sum().clamp(min=1e-12)  # not 0 / 0 where there is nothing to do
+        x, r = x + step * p, r - step * Ap
+        rr, before = r.square().sum(), rr
+        p = r + rr / before.clamp(min=1e-12) * p
     return x
 
 
@@ -259,15 +259,15 @@ def transport(source, target, colors):
     return (g - cost(colors)).softmax(1) @ target                               # (Q, N) @ (N, 2) -> (Q, 2)
 
 
-def move(ab, palettes):
+def move(ab, source, palettes):
     """Move the colors of a small picture, a, b (1, 2, h, w), to the style's palette -> (1, 2, h, w).
 
     A code of 32 numbers brings only a part of the style's colors to some photos. Here they are moved: for one
     photo and style, the new a, b of a pixel are a function of its old a, b and of nothing else. So the
     network decides which things have one color, and they keep one color.
-    palettes: [(weight, palette of a style)], the weights add up to 1.
+    source: the palette (576, 2) that ab has; palettes: [(weight, palette of a style)], of weights that add
+    up to 1.
     """
-    source = palette(ab)                                                        # (576, 2)
     # The function becomes a table of 65x65 colors: each pixel on its own would take long in a large picture.
     line = torch.linspace(-128, 128, 65)
     colors = torch.cartesian_prod(line, line)                                   # (65 * 65, 2)
@@ -291,8 +291,11 @@ def refine(lab, palettes, amount=REFINE):
     if not amount:
         return lab
     L, ab = lab.split([1, 2], dim=1)
-    refined = smooth(move(smooth(ab, L), palettes), L)                          # (1, 2, h, w)
-    return torch.cat([L, torch.lerp(ab, refined, amount)], dim=1)
+    once = smooth(ab, L)                                                        # (1, 2, h, w)
+    # join will filter the colors: so the palette to start from is that of filtered ones.
+    slope, offset = guided_filter(torch.cat([L, once], dim=1))
+    twice = smooth(move(once, palette(slope * L + offset), palettes), L)
+    return torch.cat([L, torch.lerp(ab, twice, amount)], dim=1)
 
 
 def color(model, gray, z, palettes, amount=REFINE, strength=1.):
@@ -413,8 +416,7 @@ def parse(argv):
                                                                   "(=-1,2 if it begins with a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, metavar="AMOUNT",
-        help="one color a surface, and the style's palette: 0 leaves the network's colors, 1 goes the whole way "
-             "(default: %(default)s)")
+        help="smooth surfaces and the style's palette: 0 is the network's answer, 1 the whole way (default)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [

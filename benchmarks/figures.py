@@ -88,7 +88,7 @@ def main():
     style = ("the style", pictures["harvest"])
     save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", "harvest", strength=s)) for s in (0, .5, 1, 1.5)]),
          "strength.jpg")
-    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", amount=x)) for x in (0, infer.REFINE, 1)]), "refine.jpg")
+    save(strip([style] + [(f"--refine {x:g}", ours.color("chelsea", "harvest", amount=x)) for x in (0, .5, 1)]), "refine.jpg")
 
     blends = [(f"--blend {a},{4 - a}", ours.color("gray", "garden", "harvest", blend=[a, 4 - a])) for a in (4, 3, 2, 1, 0)]
     save(strip([("style A", pictures["garden"]), *blends, ("style B", pictures["harvest"])], 180), "blend.jpg")

@@ -282,9 +282,9 @@ def test_smoothing_makes_a_patchy_surface_one_color_and_stops_at_an_edge():
 def test_moving_to_a_shifted_palette_shifts_every_color():
     lab, own = scene_lab(1)
     shift = torch.tensor([12., -7.])
-    moved = infer.move(lab[:, 1:], [(1., own + shift)]) - lab[:, 1:]
+    moved = infer.move(lab[:, 1:], own, [(1., own + shift)]) - lab[:, 1:]
     assert (moved[0].flatten(1).mT - shift).abs().mean() < 1
-    assert (infer.move(lab[:, 1:], [(1., own)]) - lab[:, 1:]).abs().mean() < .1  # its own palette: everything stays
+    assert (infer.move(lab[:, 1:], own, [(1., own)]) - lab[:, 1:]).abs().mean() < .1  # its own palette: everything stays
 
 
 def test_moving_gives_equal_colors_equal_colors_and_reaches_the_palette():
@@ -292,7 +292,7 @@ def test_moving_gives_equal_colors_equal_colors_and_reaches_the_palette():
     ab = lab[:, 1:].clone()
     ab[0, :, 10, 10], ab[0, :, 40, 5] = ab[0, :, 25, 30], ab[0, :, 25, 30]
     _, wanted = scene_lab(3)
-    moved = infer.move(ab, [(1., wanted)])
+    moved = infer.move(ab, infer.palette(ab), [(1., wanted)])
     assert torch.equal(moved[0, :, 10, 10], moved[0, :, 25, 30])
     assert torch.equal(moved[0, :, 40, 5], moved[0, :, 25, 30])
     before, after = (oracle.wasserstein(infer.palette(x).T.numpy(), wanted.T.numpy(), 8) for x in (ab, moved))
@@ -305,16 +305,19 @@ def test_refining_goes_from_the_networks_answer_to_smooth_moved_smooth():
     whole, half = (infer.refine(lab, [(1., wanted)], amount) for amount in (1., .5))
     assert torch.equal(infer.refine(lab, [(1., wanted)], 0), lab)
     L, ab = lab.split([1, 2], dim=1)
-    moved = infer.move(infer.smooth(ab, L), [(1., wanted)])
+    once = infer.smooth(ab, L)
+    slope, offset = infer.guided_filter(torch.cat([L, once], dim=1))            # join will filter them, too
+    moved = infer.move(once, infer.palette(slope * L + offset), [(1., wanted)])
     assert torch.equal(whole, torch.cat([L, infer.smooth(moved, L)], dim=1))
     assert (half - (lab + whole) / 2).abs().max() < 1e-4
 
 
 def test_moving_toward_two_palettes_is_the_mean_of_both_ways():
-    ab = scene_lab(1)[0][:, 1:]
+    lab, own = scene_lab(1)
+    ab = lab[:, 1:]
     (_, a), (_, b) = scene_lab(3), scene_lab(4)
-    both = infer.move(ab, [(.25, a), (.75, b)])
-    single = [infer.move(ab, [(1., x)]) for x in (a, b)]
+    both = infer.move(ab, own, [(.25, a), (.75, b)])
+    single = [infer.move(ab, own, [(1., x)]) for x in (a, b)]
     assert (both - (single[0] / 4 + 3 * single[1] / 4)).abs().max() < 1e-3
 
 
