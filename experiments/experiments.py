@@ -43,11 +43,14 @@ DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange"
 WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
 # "Longer training": columns of one run.
 LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
+# "The codes of the wide network": columns of one run.
+WIDE = {"val_transfer": "darkorange", "val_loss": "firebrick", "val_spread": "steelblue"}
 # Figures of several curves. A curve is its name, its run, the run's column of log.csv, and its color.
 TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING.items()],
             "spread": [(run, run, "val_spread", color) for run, color in DYING.items()],
             "scarcity": [(run, run, "val_transfer", color) for run, color in WIDTHS.items()],
             "longest": [(column, "final-long", column, color) for column, color in LONGEST.items()],
+            "wide": [(column, "wide2000", column, color) for column, color in WIDE.items()],
             # "MSE and LPIPS together".
             "terms": [("both", "final-long", "val_transfer", "steelblue"),
                       ("MSE alone", "mse-long", "val_transfer", "darkorange")]}

@@ -64,16 +64,16 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     assert (final["run"], final["pictures"]) == ("final", "8") and final["alive"].endswith("/ 8")
     assert final["train loss"] == f"{float(log['train_loss']):.4f}" and final["psnr"] == f"{float(log['val_psnr']):.2f}"
     assert {c for c, v in unet.items() if v == "-"} == {"transfer", "spread", "alive", "listens"}
-    for name in ("own", "width16", "final-long"):  # one of each figure in which curves are drawn on one page
+    for name in ("own", "width16", "wide2000", "final-long"):  # one of each figure in which curves are drawn on one page
         shutil.copytree(runs / "final", runs / name)
     (runs / "width16" / "log.csv").write_text("step,val_loss,val_transfer\n1,1,.5\n2,1,.6\n")  # two steps may end below 0
     monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), "-", "-", "--figures", str(tmp_path / "f")])
     experiments.main()
     assert {p.name for p in (tmp_path / "f").iterdir()} == {
         "experiments.jpg", "codes.png", "grid.png", "curves-unet.png", "listens.png", "spread.png",
-        "scarcity.png", "longest.png", "terms.png"}
+        "scarcity.png", "longest.png", "wide.png", "terms.png"}
     assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
-    for figure in ("spread", "scarcity", "longest"):  # steelblue is the color of "own", "width16" and train_loss
+    for figure in ("spread", "scarcity", "longest", "wide"):  # steelblue is the color of "own", "width16", train_loss, val_spread
         pixels = np.asarray(Image.open(tmp_path / "f" / f"{figure}.png").convert("RGB")).reshape(-1, 3)
         assert (pixels == (70, 130, 180)).all(1).sum() > 10
 
