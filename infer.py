@@ -194,7 +194,7 @@ def join(photo, lab):
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
 EDGE = 1.5    # two neighbors whose L differs by more than about this lie on two surfaces
-SPREAD = 1e3  # how strongly neighbors on one surface are pulled together; its root, 32, is how far colors run
+SPREAD = 1e3  # how strongly neighbors on one surface are pulled together; its root, 32 pixels, is how far
 BLUR = 10.    # each color is shared out among the style's colors within about this distance in a, b
 
 
@@ -216,7 +216,8 @@ def smooth(ab, L):
 
     # So A(x) = ab has to be solved, two equations for each pixel. Conjugate gradients (Hestenes and Stiefel
     # 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then in another,
-    # which spoils nothing of what was gained. After 60 of them little is left of the residual r.
+    # which spoils nothing of what was gained. r is what is missing, the residual. 60 directions are
+    # most of the way even in a large sky; the exact answer would take some 200.
     x, r = ab, ab - A(ab)
     p, rr = r, r.square().sum()
     for _ in range(60):
