@@ -194,7 +194,7 @@ def join(photo, lab):
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
 EDGE = 1.5    # two neighbors whose L differs by more than about this lie on two surfaces
-SPREAD = 1e3  # how strongly neighbors on one surface are pulled together; its root, 32 pixels, is how far
+SPREAD = 1e3  # the pull between neighbors on one surface; its root, 32 pixels, is how far colors run
 BLUR = 10.    # each color is shared out among the style's colors within about this distance in a, b
 
 
