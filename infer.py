@@ -135,7 +135,7 @@ def encode(model, style):
 def predict(model, gray, z):
     """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU. z: (1, D)."""
     gray = gray.to(model.head.weight.device)
-    # An RGB network answers with a lightness of its own. It only guides the filter (below), and the result has
+    # An RGB network answers with a lightness of its own. It guides smooth and the filter, and the result has
     # the photo's.
     return network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
 
@@ -164,7 +164,7 @@ def guided_filter(lab):
 
 
 def join(photo, lab):
-    """Give a PIL photo of any size the colors of the network's small answer lab (1, 3, h, w), and its own L.
+    """Give a PIL photo of any size the colors of a small picture lab (1, 3, h, w), and its own L.
 
     Joined in tiles, so that memory does not grow with the photo beyond the two pictures themselves. Pillow's
     `box` samples each tile as a part of the whole: the seams cannot be seen.
@@ -193,9 +193,9 @@ def join(photo, lab):
 # ---- not in the paper: one surface gets one color, and the colors move to the style's palette -------------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
-EDGE = 1.5    # two neighbors whose L differs by more than about this lie on two surfaces
+EDGE = 1.5    # a step of L by this leaves a third of the pull between two neighbors; 4 leave nearly none
 SPREAD = 1e3  # the pull between neighbors on one surface; its root, 32 pixels, is how far colors run
-BLUR = 10.    # each color is shared out among the style's colors within about this distance in a, b
+BLUR = 10.    # how blurred the plan is: a color becomes a mean of style colors about so far apart
 
 
 def smooth(ab, L):
@@ -203,18 +203,18 @@ def smooth(ab, L):
 
     The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x
     we want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the
-    neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 where it jumps:
+    neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at an edge:
     so the patches of a sky run together, and nothing runs across an edge.
     """
     across, down = (SPREAD * torch.exp(-(L.diff(dim=d) / EDGE).square()) for d in (3, 2))
 
     def A(x):
-        """The sum is smallest where its slope is 0. That is, where this linear function of x is ab."""
+        """x, and for each neighbor weight * (x - x of the neighbor). Half the slope of the sum is A(x) - ab."""
         right, below = across * x.diff(dim=3), down * x.diff(dim=2)
         return (x + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
                 + F.pad(below, (0, 0, 1, 0)) - F.pad(below, (0, 0, 0, 1)))      # (1, 2, h, w)
 
-    # So A(x) = ab has to be solved, two equations for each pixel. Conjugate gradients (Hestenes and Stiefel
+    # The sum is smallest where A(x) = ab, two linear equations for each pixel. Conjugate gradients (Hestenes and Stiefel
     # 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then in another,
     # which spoils nothing of what was gained. r is what is missing, the residual. 60 directions are
     # most of the way even in a large sky; the exact answer would take some 200.
@@ -306,9 +306,10 @@ def color(model, gray, z, palettes, amount=REFINE, strength=1.):
 
 
 def colorize_photo(model, photo, z, size, palettes=(), amount=0., strength=1.):
-    """A PIL photo of any size, colored with a code z -> PIL picture of the same size. Not refined by default.
+    """A PIL photo of any size, colored with a code z -> PIL picture of the same size.
 
-    Of a color photo only the lightness is used.
+    Other than on the command line it is not refined by default; with an amount it needs palettes. Of a color
+    photo only the lightness is used.
     """
     gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
     return join(photo, color(model, gray, z, palettes, amount, strength))
