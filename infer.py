@@ -143,8 +143,8 @@ def predict(model, gray, z):
 GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
 
 
-def guided_filter(lab):
-    """Colors as a function of lightness: L, a, b (B, 3, h, w) -> slope, offset (B, 2, h, w) each.
+def guided_filter(ab, L):
+    """Colors as a function of lightness: ab (B, 2, h, w), L (B, 1, h, w) -> slope, offset (B, 2, h, w) each.
 
     The guided filter (He, Sun and Tang 2013): in the box of 9x9 pixels around every pixel, a and b are fitted
     by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle
@@ -155,7 +155,6 @@ def guided_filter(lab):
     def mean(x):
         return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), 2 * GUIDE_RADIUS + 1, stride=1)
 
-    L, ab = lab[:, :1], lab[:, 1:]
     mean_L, mean_ab = mean(L), mean(ab)
     # The best line of each box, as in any linear regression: covariance over variance.
     slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
@@ -170,7 +169,8 @@ def join(photo, lab):
     `box` samples each tile as a part of the whole: the seams cannot be seen.
     """
     # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so each plane becomes a picture.
-    planes = [Image.fromarray(plane.numpy()) for plane in torch.cat(guided_filter(lab), dim=1)[0]]  # 4 x (h, w)
+    lines = torch.cat(guided_filter(lab[:, 1:], lab[:, :1]), dim=1)             # (1, 4, h, w)
+    planes = [Image.fromarray(plane.numpy()) for plane in lines[0]]             # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", (W, H))
     # A tile is some whole rows of the photo, or a part of a row that is longer than a tile.
@@ -214,10 +214,10 @@ def smooth(ab, L):
         return (x + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
                 + F.pad(below, (0, 0, 1, 0)) - F.pad(below, (0, 0, 0, 1)))      # (1, 2, h, w)
 
-    # The sum is smallest where A(x) = ab, two linear equations for each pixel. Conjugate gradients (Hestenes and Stiefel
-    # 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then in another,
-    # which spoils nothing of what was gained. r is what is missing, the residual. 60 directions are
-    # most of the way even in a large sky; the exact answer would take some 200.
+    # The sum is smallest where A(x) = ab, two linear equations for each pixel. Conjugate gradients (Hestenes
+    # and Stiefel 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then
+    # in another, which spoils nothing of what was gained. r is what is missing, the residual. 60 directions
+    # are most of the way even in a large sky; the exact answer would take some 200.
     x, r = ab, ab - A(ab)
     p, rr = r, r.square().sum()
     for _ in range(60):
@@ -294,7 +294,7 @@ def refine(lab, palettes, amount=REFINE):
     L, ab = lab.split([1, 2], dim=1)
     once = smooth(ab, L)                                                        # (1, 2, h, w)
     # join will filter the colors: so the palette to start from is that of filtered ones.
-    slope, offset = guided_filter(torch.cat([L, once], dim=1))
+    slope, offset = guided_filter(once, L)
     twice = smooth(move(once, palette(slope * L + offset), palettes), L)
     return torch.cat([L, torch.lerp(ab, twice, amount)], dim=1)
 
@@ -418,7 +418,7 @@ def parse(argv):
                                                                   "(=-1,2 if it begins with a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, metavar="AMOUNT",
-        help="smooth surfaces and the style's palette: 0 is the network's answer, 1 the whole way (default)")
+        help="smooth surfaces, the style's palette: 0 not at all, 1 the whole way (default: %(default)s)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [

@@ -107,7 +107,8 @@ def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
 
 def test_guide_is_the_guided_filter():
     lab = np.random.default_rng(0).normal(size=(3, 14, 21)) * [[[20]], [[9]], [[9]]] + [[[50]], [[12]], [[-9]]]
-    found = infer.guided_filter(torch.from_numpy(lab).float()[None])
+    L, ab = torch.from_numpy(lab).float()[None].split([1, 2], dim=1)
+    found = infer.guided_filter(ab, L)
     for one, expected in zip(found, oracle.guided(lab, infer.GUIDE_RADIUS, infer.GUIDE_EPS)):
         np.testing.assert_allclose(one[0], expected, atol=1e-3)
 
@@ -246,9 +247,10 @@ def test_transport_is_the_blurred_plan_of_least_cost():
 
 
 def scene_lab(seed):
-    """L, a, b (1, 3, 48, 48) of a drawn scene, and its palette."""
+    """L, a, b (1, 3, 48, 48) of a drawn scene, and the palette of its filtered colors, as refine gives it to move."""
     lab = rgb_to_lab(resize_short_side(draw_scene(seed), 48)[..., :48, :48])
-    return lab, infer.palette(lab[:, 1:])
+    slope, offset = infer.guided_filter(lab[:, 1:], lab[:, :1])
+    return lab, infer.palette(slope * lab[:, :1] + offset)
 
 
 def test_smoothing_solves_the_linear_equations_of_its_sum():
@@ -283,7 +285,7 @@ def test_moving_to_a_shifted_palette_shifts_every_color():
     lab, own = scene_lab(1)
     shift = torch.tensor([12., -7.])
     moved = infer.move(lab[:, 1:], own, [(1., own + shift)]) - lab[:, 1:]
-    assert (moved[0].flatten(1).mT - shift).abs().mean() < 1
+    assert (moved[0].flatten(1).mT - shift).abs().mean() < .4
     assert (infer.move(lab[:, 1:], own, [(1., own)]) - lab[:, 1:]).abs().mean() < .1  # its own palette: everything stays
 
 
@@ -306,10 +308,13 @@ def test_refining_goes_from_the_networks_answer_to_smooth_moved_smooth():
     assert torch.equal(infer.refine(lab, [(1., wanted)], 0), lab)
     L, ab = lab.split([1, 2], dim=1)
     once = infer.smooth(ab, L)
-    slope, offset = infer.guided_filter(torch.cat([L, once], dim=1))            # join will filter them, too
+    slope, offset = infer.guided_filter(once, L)                                # join will filter them, too
     moved = infer.move(once, infer.palette(slope * L + offset), [(1., wanted)])
     assert torch.equal(whole, torch.cat([L, infer.smooth(moved, L)], dim=1))
     assert (half - (lab + whole) / 2).abs().max() < 1e-4
+    before, between, after = (oracle.wasserstein(infer.palette(x[:, 1:]).T.numpy(), wanted.T.numpy(), 8)
+                              for x in (lab, half, whole))
+    assert after < .5 * before and after < between < before
 
 
 def test_moving_toward_two_palettes_is_the_mean_of_both_ways():
@@ -575,10 +580,10 @@ def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():
 
 
 def test_refining_brings_the_shipped_networks_palette_nearer_and_makes_the_sky_smoother():
-    """Two photos with four styles, by the pictures that are shown."""
+    """Three photos with four styles, by the pictures that are shown and all of their pixels."""
     model, size = infer.load_model(infer.SHIPPED)
     transfers, deviations = [], []
-    for name, other in itertools.product(["coffee", "rocket"], ["style", "garden", "harvest", "checks"]):
+    for name, other in itertools.product(["chelsea", "coffee", "rocket"], ["style", "garden", "harvest", "checks"]):
         photo = crop_square(open_picture(TOP / f"examples/{name}.jpg"), 128)
         style = to_tensor(crop_square(open_picture(TOP / f"examples/{other}.jpg"), 128))[None] / 255
         gray = gray_of(to_tensor(photo)[None] / 255)
@@ -589,7 +594,8 @@ def test_refining_brings_the_shipped_networks_palette_nearer_and_makes_the_sky_s
         transfers.append(1 - W / W_gray)
         if name == "rocket":  # its sky, left of the tower
             deviations.append(rgb_to_lab(shown)[:, 1:, 5:75, 5:50].flatten(2).std(2).norm(dim=1))
-    before, after = torch.stack(transfers).mean(0)
-    assert after > before + .04
+    before, after = torch.stack(transfers).T
+    # The rocket's sky, most of the picture, is left with fewer colors: one style is reached less well there.
+    assert (after > before)[:8].all() and after.mean() > before.mean() + .05
     before, after = torch.stack(deviations).T
     assert (after < before).all() and after.sum() < .75 * before.sum()
