@@ -193,9 +193,9 @@ def join(photo, lab):
 # ---- not in the paper: one surface gets one color, and the colors move to the style's palette -------------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
-EDGE = 1.5    # a step of L by this leaves a third of the pull between two neighbors; 4 leave nearly none
-SPREAD = 1e3  # the pull between neighbors on one surface; its root, 32 pixels, is how far colors run
-BLUR = 10.    # how blurred the plan is: a color becomes a mean of style colors about so far apart
+EDGE = 1.     # a step of L by this leaves a third of the pull between two neighbors; 3 leave nearly none
+SPREAD = 3e3  # the pull between neighbors on one surface; its root, 55 pixels, is how far colors run
+BLUR = 8.     # how blurred the plan is: a color becomes a mean of style colors about so far apart
 
 
 def smooth(ab, L):
@@ -206,7 +206,9 @@ def smooth(ab, L):
     neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at an edge:
     so the patches of a sky run together, and nothing runs across an edge.
     """
-    across, down = (SPREAD * torch.exp(-(L.diff(dim=d) / EDGE).square()) for d in (3, 2))
+    # L is taken as means over 3x3 pixels: the grain of a lawn or of a rough wall is no edge.
+    mean_L = F.avg_pool2d(F.pad(L, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    across, down = (SPREAD * torch.exp(-(mean_L.diff(dim=d) / EDGE).square()) for d in (3, 2))
 
     def A(x):
         """x, and for each neighbor weight * (x - x of the neighbor). Half the slope of the sum is A(x) - ab."""
