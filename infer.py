@@ -190,10 +190,10 @@ def join(photo, lab):
     return result
 
 
-# ---- not in the paper: one surface gets one color, and the colors move to the style's palette -------------
+# ---- not in the paper: surfaces get smoother, and the colors move to the style's palette -------------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
-EDGE = 1.     # a step of L by this leaves a third of the pull between two neighbors; 3 leave nearly none
+EDGE = 1.     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
 SPREAD = 3e3  # the pull between neighbors on one surface; its root, 55 pixels, is how far colors run
 BLUR = 8.     # how blurred the plan is: a color becomes a mean of style colors about so far apart
 
@@ -204,7 +204,7 @@ def smooth(ab, L):
     The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x
     we want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the
     neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at an edge:
-    so the patches of a sky run together, and nothing runs across an edge.
+    so the patches of a sky run together, and nothing runs across an edge. L: as predict gives it.
     """
     # L is taken as means over 3x3 pixels: the grain of a lawn or of a rough wall is no edge.
     mean_L = F.avg_pool2d(F.pad(L, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -266,8 +266,8 @@ def move(ab, source, palettes):
     """Move the colors of a small picture, a, b (1, 2, h, w), to the style's palette -> (1, 2, h, w).
 
     A code of 32 numbers brings only a part of the style's colors to some photos. Here they are moved: for one
-    photo and style, the new a, b of a pixel are a function of its old a, b and of nothing else. So the
-    network decides which things have one color, and they keep one color.
+    photo and style, the new a, b of a pixel are a function of its old a, b and of nothing else. So what had
+    one color before this step has one color after it.
     source: the palette (576, 2) that ab has; palettes: [(weight, palette of a style)], of weights that add
     up to 1.
     """

@@ -119,7 +119,7 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alex
 def test_every_operator_of_the_preset_ours_and_of_all_switches_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
     """The pair loss and the palette loss come with the preset; the rest is what no preset uses."""
     recorder = record_training(random_alexnet, tmp_path, monkeypatch, "--preset", "ours", "--sigmoid", "--style-from", "other",
-                               "--dropout", ".2", "--mse", "1", "--accumulate", "2")
+                               "--dropout", ".2", "--hue-rotation", "1", "--accumulate", "2")
     assert recorder.names >= {"aten::sigmoid", "aten::sort", "aten::randint", "aten::exp", "aten::bernoulli_.float",
                               "aten::replication_pad2d", "aten::replication_pad2d_backward", "aten::avg_pool2d_backward"}
     assert missing(recorder.names, table) == [] and recorder.doubles == set()
