@@ -190,7 +190,7 @@ def join(photo, lab):
     return result
 
 
-# ---- not in the paper: surfaces get smoother, and the colors move to the style's palette -------------
+# ---- not in the paper: surfaces get smoother, and the colors move to the style's palette ------------------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
 EDGE = 1.     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
