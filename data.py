@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 # ---- color: sRGB <-> CIELAB -------------------------------------------------------------------------------
@@ -168,6 +169,11 @@ def sliced_wasserstein(ab, other, n, offset=0.):
         return torch.from_numpy(np.sort(x.numpy(), axis=2))  # the same, some ten times as fast
 
     return (project(ab) - project(other)).abs().mean((1, 2))                    # (B, n, HW) -> (B,)
+
+
+def box_mean(x, radius):
+    """The mean of the (2 radius + 1)^2 pixels around each: (B, C, H, W) -> the same; the border is repeated."""
+    return F.avg_pool2d(F.pad(x, [radius] * 4, mode="replicate"), 2 * radius + 1, stride=1)
 
 
 # ---- files -> pictures ------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from pathlib import Path
 
 # data comes first: it imports torch, numpy and PIL, and here we can say which of them is missing.
 try:
-    from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, crop_square, gray_of, lab_to_gamut,
+    from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, box_mean, crop_square, gray_of, lab_to_gamut,
                       list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
                       resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically, to_picture,
                       to_tensor)
@@ -153,7 +153,7 @@ def guided_filter(ab, L):
     to the variance of L: where L varies much less, the slope goes to 0 and the box gets nearly one color.
     """
     def mean(x):
-        return F.avg_pool2d(F.pad(x, [GUIDE_RADIUS] * 4, mode="replicate"), 2 * GUIDE_RADIUS + 1, stride=1)
+        return box_mean(x, GUIDE_RADIUS)
 
     mean_L, mean_ab = mean(L), mean(ab)
     # The best line of each box, as in any linear regression: covariance over variance.
@@ -207,7 +207,7 @@ def smooth(ab, L):
     so the patches of a sky run together, and nothing runs across an edge. L: as predict gives it.
     """
     # L is taken as means over 3x3 pixels: the grain of a lawn or of a rough wall is no edge.
-    mean_L = F.avg_pool2d(F.pad(L, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    mean_L = box_mean(L, 1)
     across, down = (SPREAD * torch.exp(-(mean_L.diff(dim=d) / EDGE).square()) for d in (3, 2))
 
     def A(x):

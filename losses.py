@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import (UserError, download, load_torch_file, network_to_rgb, printable, rgb_to_lab,
+from data import (UserError, box_mean, download, load_torch_file, network_to_rgb, printable, rgb_to_lab,
                   rgb_to_network, sliced_wasserstein)
 
 # ---- LPIPS ------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def pair_loss(ab, lab, pixels=384):
 
     # Every pair gets two weights. same: near 1 if the true colors agree, falling off at a distance of about
     # 5. apart: the same for the lightness alone, at 4, and only if a, b differ by more than 12.
-    true = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)  # 3x3 means, against noise
+    true = box_mean(lab, 1)  # 3x3 means, against noise
     same = torch.exp(-(distances(true) / 5).square())                          # (B, N, N), 1 = the same color
     apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
     d = distances(ab)

@@ -376,6 +376,10 @@ def build(run, device):
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 # Only Adam's averages are taken from the file; rates and the like are those of the settings.
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+                for p, of_p in optimizer.state.items():
+                    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    assert {k: v.shape for k, v in of_p.items()} == shapes
+                    assert all(v.layout == torch.strided and v.isfinite().all() for v in of_p.values())
         except Exception:  # a file may hold anything
             raise UserError("its optimizer is damaged; use its weights with --init and another --output",
                             run.folder / "last.pt") from None
@@ -575,7 +579,12 @@ class Run:
             before = asdict(Settings.from_file(saved["settings"]))
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
-            assert self.preset in PRESETS and self.rows[-1]["pictures"] % self.step == 0
+            numbers = [self.step, self.seconds, *itertools.chain(*(row.values() for row in self.rows))]
+            assert all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+            assert all(row.keys() >= {"step", "pictures"} for row in self.rows)
+            assert self.preset in PRESETS and type(self.best) is float and not math.isnan(self.best)
+            assert type(self.step) is int and 0 < self.step < 2 ** 31
+            assert self.rows[-1]["pictures"] % self.step == 0
         except Exception as error:  # a file may hold anything
             why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
             raise UserError(f"cannot be resumed ({why}); use its weights with --init and another --output",

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
-from data import (crop_square, lab_to_gamut, list_pictures, open_picture, resize_short_side,  # noqa: E402
+from data import (box_mean, crop_square, lab_to_gamut, list_pictures, open_picture, resize_short_side,  # noqa: E402
                   rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
@@ -96,7 +96,7 @@ def pixel_pairs(lab):
     of the sampled pixels (in the order of F.pdist) `same` are those whose Lab is within 5, and `apart` those of
     equal lightness, within 3, but a, b at least 15 apart. The sample is the same for all pictures of one size.
     """
-    lab = F.avg_pool2d(F.pad(lab, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    lab = box_mean(lab, 1)
     n = lab[0, 0].numel()
     pixels = torch.from_numpy(np.random.default_rng(0).choice(n, min(n, SAMPLE), replace=False))
     lab = lab[0].flatten(1).T[pixels]                                                 # (N, 3)

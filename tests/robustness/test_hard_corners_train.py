@@ -428,11 +428,24 @@ def change(**values):
     return lambda c: c.update(values)
 
 
+def state(name, make):
+    """Change one of Adam's tensors of the first parameter."""
+    def alter(c):
+        of_first = c["optimizers"][0]["state"][0]
+        of_first[name] = make(of_first[name])
+    return alter
+
+
 ALTERED = {
     "no log": without("log"), "an empty log": change(log=[]), "a log of text": change(log="SECRET"),
-    "a log of numbers": change(log=[1, 2]), "an empty row": change(log=[{}]), "a row without pictures": lambda c: c["log"][-1].pop("pictures"),
+    "a log of numbers": change(log=[1, 2]), "an empty row": change(log=[{}]), "a row of text": row(train_loss="SECRET"),
+    "a row without step": lambda c: c["log"][-1].pop("step"), "a row without pictures": lambda c: c["log"][-1].pop("pictures"),
     "a row of fractions": row(pictures=8.5), "no step": without("step"), "a step of text": change(step="SECRET"),
-    "step 0": change(step=0), "half a step": change(step=2.5), "no seconds": without("seconds"), "no best": without("best"),
+    "step 0": change(step=0), "a step below 0": change(step=-2, log=[{"step": -2, "pictures": -8, "train_loss": 1.}]),
+    "step true": change(step=True), "half a step": change(step=2.5), "a step of 30 digits":
+    lambda c: (c.update(step=10 ** 30), row(pictures=4 * 10 ** 30)(c), setting(minutes=9.)(c)),
+    "no seconds": without("seconds"), "seconds of text": change(seconds="SECRET"), "seconds nan":
+    change(seconds=float("nan")), "no best": without("best"), "best of text": change(best="SECRET"), "best a list": change(best=[]),
     "no preset": without("preset"), "another preset": change(preset="SECRET"), "preset a list": change(preset=["final"]),
     "no settings": without("settings"), "settings a list": change(settings=[1]), "size of text": setting(size="32"),
     "an odd size": setting(size=40), "a huge size": setting(size=4096), "no batch": setting(batch_size=0), "lr nan":
@@ -447,6 +460,11 @@ ALTERED = {
     "an optimizer without groups": lambda c: c["optimizers"][0].pop("param_groups"),
     "an optimizer without state": lambda c: c["optimizers"][0].pop("state"),
     "an optimizer of fewer weights": lambda c: c["optimizers"][0]["param_groups"][0]["params"].pop(),
+    "an average of another shape": state("exp_avg", lambda t: torch.zeros(3)),
+    "an average of one number": state("exp_avg", lambda t: torch.zeros(())),
+    "an average of text": state("exp_avg", lambda t: "SECRET"), "a sparse average": state("exp_avg", lambda t: t.to_sparse()),
+    "an average of integers": state("exp_avg", lambda t: t.int()), "an average of nan": state("exp_avg", lambda t: t * torch.nan),
+    "no second average": lambda c: c["optimizers"][0]["state"][0].pop("exp_avg_sq"),
     "betas of text": lambda c: c["optimizers"][0]["param_groups"][0].update(betas=("SECRET", 1)),
     "amsgrad": lambda c: c["optimizers"][0]["param_groups"][0].update(amsgrad=True),
     "a weight of nan": lambda c: c["weights"]["head.bias"].fill_(float("nan")), "no weights": without("weights"),
@@ -456,7 +474,7 @@ ALTERED = {
 
 
 # What is not needed may also be passed over, as long as the run goes on well.
-EITHER = ["an optimizer without groups", "an optimizer of fewer weights", "betas of text", "amsgrad"]
+EITHER = ["an optimizer without groups", "an optimizer of fewer weights", "an average of integers", "betas of text", "amsgrad"]
 
 
 def copy(tree):
