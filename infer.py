@@ -61,6 +61,7 @@ def pick_device(name):
         name = next(d for d in ("cuda", "mps", "cpu") if there[d])
     if not there[name]:
         raise UserError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
+    torch.backends.cudnn.deterministic = True  # else CUDA adds in any order: the last bits would vary
     return torch.device(name)
 
 

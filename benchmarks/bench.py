@@ -5,25 +5,28 @@
     python benchmarks/bench.py adain        one AdaIN layer, forward and backward, against equation (1) as it is written
     python benchmarks/bench.py step         a training step against a plain one
     python benchmarks/bench.py profile      where a training step spends its time
-    python benchmarks/bench.py kept         what a training step keeps for its backward pass: an estimate of GPU memory
+    python benchmarks/bench.py gpu          peak memory of training steps on a CUDA card, with a limit
     python benchmarks/bench.py infer        infer.py on photos of 0.3 to 48 megapixels, and on a folder of 100
 
 Candidates run in turn in one process, A B A B ..., because a machine is not equally fast all the time; what
 counts is the ratio. Peak memory is that of a separate process. --threads N is torch's number of threads (1).
 """
 import argparse
+import gc
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
 
 TOP = Path(__file__).parents[1]
 sys.path[:0] = [str(TOP), str(Path(__file__).parent)]
+import train  # noqa: E402
 from adain import AdaIN  # noqa: E402
 from data import draw_scene, gray_of, rgb_to_network  # noqa: E402
 from losses import LPIPS, color_loss  # noqa: E402
@@ -163,37 +166,42 @@ def bench_profile(args):
                       max_shapes_column_width=70))
 
 
-def kept(size, batch, net, amp):
-    """(bytes for the backward pass, bytes of weights, gradients and Adam's state, LPIPS included) of one step.
+def bench_gpu(args):
+    """Peak memory of train_step on a CUDA card, which may take no more than --limit GB of it.
 
-    Every tensor that autograd saves is counted once by its storage; on top of that a GPU needs the largest
-    intermediate results and the workspace of its convolutions.
+    The limit binds what torch takes; the driver's own part, a few hundred MB, comes on top. The trunk's weights are
+    random: they need as much memory as the real ones.
     """
-    model, trunk = Colorizer(ModelConfig()).train(), LPIPS(net, seeded_trunk(net))
-    rgb, saved = torch.rand(batch, 3, size, size), {}
-
-    def pack(t):
-        saved[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address comes twice
-        return t
-    fixed = {p.untyped_storage().data_ptr() for m in (model, trunk) for p in m.state_dict().values()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        gray = gray_of(rgb)
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            out = model(gray, rgb)
-        color_loss(out.float(), gray, rgb, "rgb", {"mse": 1, "lpips": 1, "palette": 0}, trunk)
-    learned = sum(p.numel() for p in model.parameters()) * 4
-    frozen = sum(b.numel() for b in trunk.state_dict().values()) * 4
-    return sum(s.nbytes() for k, s in saved.items() if k not in fixed), 4 * learned + frozen
-
-
-def bench_kept(args):
-    print("| size | batch | LPIPS trunk | --amp | kept for backward, MB | weights, gradients, Adam, MB | together |\n"
+    device = torch.device("cuda")
+    torch.cuda.set_per_process_memory_fraction(args.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+    print("| preset | size | batch | LPIPS trunk | --amp | peak in use, MB | peak taken, MB |\n"
           + "|---" * 7 + "|")
-    for size, batch, net, amp in [(128, 16, "vgg", False), (128, 16, "vgg", True), (128, 16, "alex", False),
-                                  (256, 16, "vgg", False), (256, 8, "vgg", False), (256, 4, "vgg", False),
-                                  (256, 4, "vgg", True)]:
-        a, b = (n / 1e6 for n in kept(size, batch, net, amp))
-        print(f"| {size} | {batch} | {net} | {'yes' if amp else 'no'} | {a:.0f} | {b:.0f} | {a + b:.0f} |", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for net in ("alex", "vgg"):
+            torch.save(seeded_trunk(net).state_dict(), f"{folder}/{net}.pth")
+        for preset, size, batch, net, amp in [
+                ("final", 128, 16, "vgg", False), ("final", 128, 16, "vgg", True), ("final", 128, 16, "alex", False),
+                ("final", 128, 8, "vgg", False), ("final", 256, 16, "vgg", False), ("final", 256, 8, "vgg", False),
+                ("ours", 128, 16, "alex", False), ("collapsed", 128, 16, "vgg", False),
+                ("dual", 128, 16, "vgg", False), ("unet", 128, 16, "vgg", False)]:
+            changed = dict(size=size, batch_size=batch, lpips_net=net, lpips_weights=f"{folder}/{net}.pth", amp=amp)
+            s = train.Settings(**{**train.PRESETS[preset], **changed})
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                recipe, step = train.Recipe(s, device), types.SimpleNamespace(s=s, saved=None)
+                model, optimizers = train.build(step, device)
+                picture = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
+                for k in range(3):  # Adam's averages come with the first one
+                    batches = [recipe.prepare((picture, picture, torch.zeros(batch)))]
+                    train.train_step(model, recipe, optimizers, batches, [k], train.Processes(device))
+                peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+                cells = [f"{n / 1e6:.0f}" for n in peaks]
+            except torch.OutOfMemoryError:
+                cells = ["does not fit", ""]
+            recipe = model = optimizers = batches = None
+            print(f"| {preset} | {size} | {batch} | {net} | {'yes' if amp else 'no'} | {' | '.join(cells)} |", flush=True)
 
 
 # ---- infer.py ---------------------------------------------------------------------------------------------
@@ -226,9 +234,10 @@ def bench_infer(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lpips", "adain", "step", "profile", "kept", "infer", "one"])
+    parser.add_argument("what", choices=["lpips", "adain", "step", "profile", "gpu", "infer", "one"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=3.4, help="gpu: GB that torch may take")
     parser.add_argument("--shapes", action="store_true", help="profile: a row for each shape of the inputs")
     parser.add_argument("--net", default="alex", help=argparse.SUPPRESS)
     parser.add_argument("--which", default="ours", help=argparse.SUPPRESS)
