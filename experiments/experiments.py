@@ -13,8 +13,8 @@ A row for each run in the folder RUNS. From the last row of its log.csv: picture
              About .1 is chance at 64x64.
 
 With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
-colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; curves of
-single runs; and the figures of several curves in TOGETHER.
+colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; and the curves
+in TOGETHER. The logs of the long runs are kept in logs/: their curves can be drawn without any run, with none as RUNS.
 """
 import argparse
 import csv
@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 TOP = Path(__file__).parents[1]
+LOGS = TOP / "experiments" / "logs"
 sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
 import variants  # noqa: E402 (beside this file)
@@ -35,22 +36,25 @@ from losses import psnr  # noqa: E402
 
 CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
-CURVES = ["unet", "combined-authors"]
 # "What makes a style branch die": which runs, and the color of each.
 DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
          "authors-own": "gray"}
 # "Scarcity": the same network in three widths.
 WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
-# "Longer training": columns of one run.
+# "The codes of the wide network": three runs, from the authors' initial weights twice and from ours.
+WIDE = {"wide2000": "steelblue", "wide2000-seed1": "mediumseagreen", "collapsed2000": "darkorange"}
+# Columns of one run: "Longer training", "The U-Net alone", "A loss on the codes".
 LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
-# "The codes of the wide network": columns of one run.
-WIDE = {"val_transfer": "darkorange", "val_loss": "firebrick", "val_spread": "steelblue"}
+UNET = {"train_loss": "steelblue", "val_loss": "firebrick"}
+COMBINED = {"color_loss": "steelblue", "style_loss": "firebrick", "val_spread": "gray"}
 # Figures of several curves. A curve is its name, its run, the run's column of log.csv, and its color.
 TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING.items()],
             "spread": [(run, run, "val_spread", color) for run, color in DYING.items()],
             "scarcity": [(run, run, "val_transfer", color) for run, color in WIDTHS.items()],
             "longest": [(column, "final-long", column, color) for column, color in LONGEST.items()],
-            "wide": [(column, "wide2000", column, color) for column, color in WIDE.items()],
+            "wide": [(run, run, "val_spread", color) for run, color in WIDE.items()],
+            "unet": [(column, "unet-long", column, color) for column, color in UNET.items()],
+            "combined": [(column, "combined-long", column, color) for column, color in COMBINED.items()],
             # "MSE and LPIPS together".
             "terms": [("both", "final-long", "val_transfer", "steelblue"),
                       ("MSE alone", "mse-long", "val_transfer", "darkorange")]}
@@ -65,9 +69,10 @@ def grid(out, truth):
     return 255 * blocks.flatten(1).std(1, correction=0).mean().item()
 
 
-def read_log(folder):
-    """The rows of a run's log.csv, as dictionaries of texts."""
-    with open(folder / "log.csv") as file:
+def read_log(name, runs):
+    """The rows of a run's log.csv, or else of logs/NAME.csv, as dictionaries of texts. runs: {name: folder}."""
+    path = runs[name] / "log.csv" if name in runs else LOGS / f"{name}.csv"
+    with open(path) as file:
         return list(csv.DictReader(file))
 
 
@@ -80,7 +85,7 @@ def load(folder):
 @torch.no_grad()
 def row(name, folder, photos, paintings):
     """Print a run's row of the table."""
-    log = read_log(folder)[-1]
+    log = read_log(name, {name: folder})[-1]
     model, size = load(folder)
     space, use_style = model.config.space, model.config.use_style
     squares = [crop_square(p, size) for p in photos]
@@ -132,14 +137,13 @@ def draw(runs, folder):
         if model.config.use_style and name in CODES:
             z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in styles])
             codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
-        if name in CURVES:
-            Image.open(run_folder / "loss.png").save(folder / f"curves-{name}.png")
     # Only what these runs give: other figures in the folder stay.
     if closeups:
         page.save(folder / "experiments.jpg", quality=90)
     for figure, curves in TOGETHER.items():
-        rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves if run in runs
-                for row in read_log(runs[run]) if row["val_loss"]]  # none where a run was interrupted
+        rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves
+                if run in runs or (LOGS / f"{run}.csv").exists()
+                for row in read_log(run, runs) if row["val_loss"]]  # none where a run was interrupted
         if rows:
             infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
