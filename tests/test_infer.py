@@ -598,8 +598,7 @@ def test_refining_brings_the_shipped_networks_palette_nearer_and_makes_the_sky_s
         if name == "rocket":  # its sky, left of the tower
             deviations.append(rgb_to_lab(shown)[:, 1:, 5:75, 5:50].flatten(2).std(2).norm(dim=1))
     before, after = torch.stack(transfers).T
-    # The rocket's sky, most of the picture, is left with fewer colors: one style is reached less well there.
-    assert (after > before)[:8].all() and after.mean() > before.mean() + .05
+    # A sky or a saucer that gets one color has fewer colors than the style: three of twelve are reached less well.
+    assert (after > before)[:4].all() and (after > before).sum() >= 9 and after.mean() > before.mean() + .05
     before, after = torch.stack(deviations).T
-    # With harvest the sky takes much more of the style's orange, and so varies more.
-    assert (after < before).tolist() == [True, True, False, True] and after.sum() < .85 * before.sum()
+    assert (after < .5 * before).all()
