@@ -219,19 +219,19 @@ def smooth(ab, L):
 
     # The sum is smallest where A(x) = ab, two linear equations for each pixel. Conjugate gradients (Hestenes
     # and Stiefel 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then
-    # in another, which spoils nothing of what was gained. r is what is missing, the residual; z is r divided
-    # by the factor of each pixel's own x in A(x), or pixels with a strong pull would hold up all the others.
-    # 150 directions are four fifths of the way; after 60, a large sky would still keep its patches.
+    # in another, which spoils nothing of what was gained. r is what is missing, the residual. `scaled` is r over
+    # the factor of each pixel's own x in A(x); else pixels with a strong pull would hold up all the others.
+    # 150 directions leave a fifth of the change undone, 60 leave a half, and with it a large sky's patches.
     own = (1 + F.pad(across, (1, 0)) + F.pad(across, (0, 1))
            + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1)))             # (1, 1, h, w)
     x, r, p, before = ab, ab - A(ab), 0, 1.
     for _ in range(150):
-        z = r / own
-        rz = (r * z).sum()
-        p = z + rz / before * p
+        scaled = r / own
+        size = (r * scaled).sum()
+        p = scaled + size / before * p
         Ap = A(p)
-        step = rz / (p * Ap).sum().clamp(min=1e-12)  # not 0 / 0 where there is nothing to do
-        x, r, before = x + step * p, r - step * Ap, rz.clamp(min=1e-12)
+        step = size / (p * Ap).sum().clamp(min=1e-12)  # not 0 / 0 where there is nothing to do
+        x, r, before = x + step * p, r - step * Ap, size.clamp(min=1e-12)
     return x
 
 

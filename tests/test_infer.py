@@ -284,11 +284,12 @@ def test_smoothing_makes_a_patchy_surface_one_color_and_stops_at_an_edge():
         assert torch.equal(infer.smooth(flat, flat[:, :1]), flat)
 
 
-def test_moving_to_a_shifted_palette_shifts_every_color():
+def test_moving_to_a_shifted_palette_shifts_every_color(monkeypatch):
+    monkeypatch.setattr(infer, "BLUR", 10.)  # the less blur, the more iterations it takes
     lab, own = scene_lab(1)
     shift = torch.tensor([12., -7.])
     moved = infer.move(lab[:, 1:], own, [(1., own + shift)]) - lab[:, 1:]
-    assert (moved[0].flatten(1).mT - shift).abs().mean() < .4
+    assert (moved[0].flatten(1).mT - shift).abs().mean() < .25
     assert (infer.move(lab[:, 1:], own, [(1., own)]) - lab[:, 1:]).abs().mean() < .1  # its own palette: everything stays
 
 
@@ -598,7 +599,7 @@ def test_refining_brings_the_shipped_networks_palette_nearer_and_makes_the_sky_s
         if name == "rocket":  # its sky, left of the tower
             deviations.append(rgb_to_lab(shown)[:, 1:, 5:75, 5:50].flatten(2).std(2).norm(dim=1))
     before, after = torch.stack(transfers).T
-    # A sky or a saucer that gets one color has fewer colors than the style: three of twelve are reached less well.
-    assert (after > before)[:4].all() and (after > before).sum() >= 9 and after.mean() > before.mean() + .05
+    # A sky that gets one color has fewer colors than the style: two of twelve are reached less well.
+    assert (after > before)[:8].all() and after.mean() > before.mean() + .05
     before, after = torch.stack(deviations).T
     assert (after < .5 * before).all()
