@@ -54,7 +54,7 @@ MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def pick_device(name):
-    """The name of a device, or "auto" -> torch.device. Raises UserError for one that is not there."""
+    """A name, or "auto" -> torch.device; CUDA is made repeatable. Raises UserError if it is not there."""
     # MPS is Apple's GPU. "auto" takes the first that is there, in this order of speed.
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
@@ -219,8 +219,8 @@ def smooth(ab, L):
 
     # The sum is smallest where A(x) = ab, two linear equations for each pixel. Conjugate gradients (Hestenes
     # and Stiefel 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then
-    # in another, which spoils nothing of what was gained. r is what is missing, the residual. `scaled` is r over
-    # the factor of each pixel's own x in A(x); else pixels with a strong pull would hold up all the others.
+    # in another, which spoils nothing of what was gained. r is what is missing, the residual; `scaled` is r
+    # over the factor of each pixel's own x in A(x): else pixels with a strong pull would hold up the others.
     # 150 directions leave a fifth of the change undone, 60 leave a half, and with it a large sky's patches.
     own = (1 + F.pad(across, (1, 0)) + F.pad(across, (0, 1))
            + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1)))             # (1, 1, h, w)

@@ -26,7 +26,6 @@ import torch
 
 TOP = Path(__file__).parents[1]
 sys.path[:0] = [str(TOP), str(Path(__file__).parent)]
-import train  # noqa: E402
 from adain import AdaIN  # noqa: E402
 from data import draw_scene, gray_of, rgb_to_network  # noqa: E402
 from losses import LPIPS, color_loss  # noqa: E402
@@ -172,6 +171,7 @@ def bench_gpu(args):
     The limit binds what torch takes; the driver's own part, a few hundred MB, comes on top. The trunk's weights are
     random: they need as much memory as the real ones.
     """
+    import train  # here, and not above: the peaks that bench_lpips measures are of a process without it
     device = torch.device("cuda")
     torch.cuda.set_per_process_memory_fraction(args.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     print("| preset | size | batch | LPIPS trunk | --amp | peak in use, MB | peak taken, MB |\n"
@@ -190,8 +190,8 @@ def bench_gpu(args):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                recipe, step = train.Recipe(s, device), types.SimpleNamespace(s=s, saved=None)
-                model, optimizers = train.build(step, device)
+                recipe = train.Recipe(s, device)
+                model, optimizers = train.build(types.SimpleNamespace(s=s, saved=None), device)
                 picture = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
                 for k in range(3):  # Adam's averages come with the first one
                     batches = [recipe.prepare((picture, picture, torch.zeros(batch)))]

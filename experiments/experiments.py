@@ -69,9 +69,8 @@ def grid(out, truth):
     return 255 * blocks.flatten(1).std(1, correction=0).mean().item()
 
 
-def read_log(name, runs):
-    """The rows of a run's log.csv, or else of logs/NAME.csv, as dictionaries of texts. runs: {name: folder}."""
-    path = runs[name] / "log.csv" if name in runs else LOGS / f"{name}.csv"
+def read_log(path):
+    """The rows of a log.csv, as dictionaries of texts."""
     with open(path) as file:
         return list(csv.DictReader(file))
 
@@ -85,7 +84,7 @@ def load(folder):
 @torch.no_grad()
 def row(name, folder, photos, paintings):
     """Print a run's row of the table."""
-    log = read_log(name, {name: folder})[-1]
+    log = read_log(folder / "log.csv")[-1]
     model, size = load(folder)
     space, use_style = model.config.space, model.config.use_style
     squares = [crop_square(p, size) for p in photos]
@@ -140,10 +139,10 @@ def draw(runs, folder):
     # Only what these runs give: other figures in the folder stay.
     if closeups:
         page.save(folder / "experiments.jpg", quality=90)
+    logs = {p.stem: p for p in LOGS.glob("*.csv")} | {name: run / "log.csv" for name, run in runs.items()}
     for figure, curves in TOGETHER.items():
-        rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves
-                if run in runs or (LOGS / f"{run}.csv").exists()
-                for row in read_log(run, runs) if row["val_loss"]]  # none where a run was interrupted
+        rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves if run in logs
+                for row in read_log(logs[run]) if row["val_loss"]]  # none where a run was interrupted
         if rows:
             infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
