@@ -46,7 +46,7 @@ class AdaIN(nn.Module):
             self.affine.bias.copy_(torch.cat([torch.ones(channels), torch.zeros(channels)]))
 
     def forward(self, x, z):
-        # Half precision has three digits, too few to subtract a mean: so always in float32, also under --amp.
+        # bfloat16, which train.py --amp computes in, has two to three digits: too few to subtract a mean.
         with torch.autocast(x.device.type, enabled=False):
             y = self.affine(z.float())[:, :, None, None]                        # (B, 2C, 1, 1)
             scale, shift = y.chunk(2, dim=1)                                    # y_s, y_b: (B, C, 1, 1)

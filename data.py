@@ -212,8 +212,7 @@ def open_picture(path, at_least=None):
             return to_rgb(file if turn is None else file.transpose(turn))
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
         known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; make it smaller",
-                 Image.UnidentifiedImageError: "not a picture format that Pillow knows",
-                 PermissionError: "no permission to read it"}
+                 Image.UnidentifiedImageError: "not a picture format that Pillow knows"}
         why = known.get(type(error)) or first_line(error)
         if Path(path).suffix.lower() in CONVERT_FIRST:
             why = "this format is not supported; convert it to JPEG first"
@@ -228,7 +227,7 @@ def to_rgb(picture):
         # Pillow would cut these off at 255. 16-bit pictures ("I;16" and the like) have values to 65535, float
         # ones usually to 1; a plain "I" may hold either 8 or 16 bits.
         x = np.nan_to_num(np.asarray(picture).astype(np.float32))
-        top = 65535 if x.max() > 255 or picture.mode not in "FI" else 255
+        top = 65535 if x.max() > 255 or picture.mode not in ("F", "I") else 255
         top = 1 if picture.mode == "F" and x.max() <= 1 else top
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
@@ -290,12 +289,13 @@ def list_pictures(folder):
     found, seen, other = [], set(), Counter()  # seen: real folders; other: {ending: how many}
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        if real not in seen:  # a link that leads back up would go round for ever
-            files = [Path(root, f) for f in files if not f.startswith(".")]
-            found += [f for f in files if f.suffix.lower() in EXTENSIONS]
-            other.update(f.suffix.lower() for f in files if f.suffix.lower() in CONVERT_FIRST)
+        if real in seen:  # a link that leads back up would be followed for ever
+            folders[:] = files = []
         seen.add(real)
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        files = [Path(root, f) for f in files if not f.startswith(".")]
+        found += [f for f in files if f.suffix.lower() in EXTENSIONS]
+        other.update(f.suffix.lower() for f in files if f.suffix.lower() in CONVERT_FIRST)
     if other:
         counts = ", ".join(f"{n} {ending}" for ending, n in sorted(other.items()))
         print(f"{printable(folder)}: left out {counts}; convert them to JPEG first", file=sys.stderr)
@@ -338,8 +338,7 @@ def find_data(source, train_size, val_size, seed):
     """
     train_size, val_size = train_size or sys.maxsize, val_size or sys.maxsize
     if source == "synthetic":
-        n = min(train_size, 10_000)
-        return list(range(n)), list(range(10_000, 10_000 + min(val_size, 500)))
+        return list(range(min(train_size, 10_000))), list(range(10_000, 10_000 + min(val_size, 500)))
     folder = Path(source or imagenette())
     if not os.path.isdir(folder):
         raise UserError("is no folder; --data takes a folder of pictures or the word synthetic", folder)
@@ -557,7 +556,6 @@ def save_atomically(path, write):
     part = path.with_name(f".part-{uuid.uuid4().hex}{path.suffix}")
     try:
         os.makedirs(path.parent, exist_ok=True)
-        part.touch(exist_ok=False)  # fails if somebody has put a file or a link there
         write(part)
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError, SystemError) as error:  # Pillow's encoders raise any of these

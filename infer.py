@@ -136,8 +136,8 @@ def encode(model, style):
 def predict(model, gray, z):
     """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU. z: (1, D)."""
     gray = gray.to(model.head.weight.device)
-    # An RGB network answers with a lightness of its own. It guides smooth and the filter, and the result has
-    # the photo's.
+    # An RGB network answers with a lightness of its own. Only make_smooth and guided_filter use it; the
+    # result has the photo's (join).
     return network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
 
 
@@ -194,45 +194,50 @@ def join(photo, lab):
 # ---- not in the paper: surfaces get smoother, and the colors move to the style's palette ------------------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
-EDGE = 1.     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
-SPREAD = 1e4  # the pull between neighbors on one surface; its root, 100 pixels, is how far colors run
+SIDE = 128    # short side at which pictures are refined: the constants below belong to it, and it is fast
+EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
+SPREAD = 1e5  # the pull between neighbors on one surface; its root, 300 pixels, is how far colors run
 BLUR = 7.     # how blurred the plan is: a color becomes a mean of style colors about so far apart
 
 
-def smooth(ab, L):
-    """Spread the colors of a small picture within its surfaces: ab (1, 2, h, w), L (1, 1, h, w) -> ab.
+def make_smooth(L):
+    """For a small picture's L (1, 1, h, w): a function that spreads its colors, ab (1, 2, h, w) -> ab.
 
     The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x
     we want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the
     neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at an edge:
     so the patches of a sky run together, and nothing runs across an edge. L: as predict gives it.
     """
+    if L.shape[3] > L.shape[2]:  # fewer columns than rows: the matrices below are small
+        upright = make_smooth(L.mT)
+        return lambda ab: upright(ab.mT).mT
     # L is taken as means over 3x3 pixels: the grain of a lawn or of a rough wall is no edge.
-    mean_L = box_mean(L, 1)
-    across, down = (SPREAD * torch.exp(-(mean_L.diff(dim=d) / EDGE).square()) for d in (3, 2))
+    mean_L = box_mean(L, 1)[0, 0].double()                                      # (h, w)
+    across, down = (SPREAD * torch.exp(-(mean_L.diff(dim=d) / EDGE).square()) for d in (1, 0))
 
-    def A(x):
-        """x, and for each neighbor weight * (x - x of the neighbor). Half the slope of the sum is A(x) - ab."""
-        right, below = across * x.diff(dim=3), down * x.diff(dim=2)
-        return (x + F.pad(right, (1, 0)) - F.pad(right, (0, 1))
-                + F.pad(below, (0, 0, 1, 0)) - F.pad(below, (0, 0, 0, 1)))      # (1, 2, h, w)
-
-    # The sum is smallest where A(x) = ab, two linear equations for each pixel. Conjugate gradients (Hestenes
-    # and Stiefel 1952) need no matrix, only A: they go from ab in a direction p as far as the sum falls, then
-    # in another, which spoils nothing of what was gained. r is what is missing, the residual; `scaled` is r
-    # over the factor of each pixel's own x in A(x): else pixels with a strong pull would hold up the others.
-    # 150 directions leave a fifth of the change undone, 60 leave a half, and with it a large sky's patches.
+    # The sum is smallest where its slope is 0. That is one equation for each pixel, for a and for b:
+    #     own * x - the sum of weight * x of the neighbor, over its four neighbors = ab
     own = (1 + F.pad(across, (1, 0)) + F.pad(across, (0, 1))
-           + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1)))             # (1, 1, h, w)
-    x, r, p, before = ab, ab - A(ab), 0, 1.
-    for _ in range(150):
-        scaled = r / own
-        size = (r * scaled).sum()
-        p = scaled + size / before * p
-        Ap = A(p)
-        step = size / (p * Ap).sum().clamp(min=1e-12)  # not 0 / 0 where there is nothing to do
-        x, r, before = x + step * p, r - step * Ap, size.clamp(min=1e-12)
-    return x
+           + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1)))             # (h, w)
+    # Gaussian elimination, a whole row of pixels at a time. With row i - 1 eliminated, row i says
+    # M @ x[i] = row[i] + pull * x[i + 1]. The inverses of all M depend on L alone.
+    inverses = []
+    for i in range(len(own)):
+        M = torch.diag(own[i]) - torch.diag(across[i], 1) - torch.diag(across[i], -1)   # (w, w)
+        if i:
+            M -= down[i - 1][:, None] * inverses[-1] * down[i - 1]
+        inverses.append(torch.linalg.inv(M))
+
+    def smooth(ab):
+        rows, pull = ab[0].permute(1, 2, 0).double(), down[:, :, None]          # (h, w, 2), (h - 1, w, 1)
+        for i in range(1, len(rows)):
+            rows[i] += pull[i - 1] * (inverses[i - 1] @ rows[i - 1])
+        # The last row has none below it: it is solved first, and then the others, upwards.
+        rows[-1] = inverses[-1] @ rows[-1]
+        for i in reversed(range(len(rows) - 1)):
+            rows[i] = inverses[i] @ (rows[i] + pull[i] * rows[i + 1])
+        return rows.permute(2, 0, 1)[None].float()
+    return smooth
 
 
 def palette(ab):
@@ -297,12 +302,16 @@ def refine(lab, palettes, amount=REFINE):
     """
     if not amount:
         return lab
-    L, ab = lab.split([1, 2], dim=1)
-    once = smooth(ab, L)                                                        # (1, 2, h, w)
+    scale = min(1, SIDE / min(lab.shape[2:]))
+    small = F.interpolate(lab, [round(scale * side) for side in lab.shape[2:]], mode="area")
+    L, ab = small.split([1, 2], dim=1)
+    smooth = make_smooth(L)
+    once = smooth(ab)
     # join will filter the colors: so the palette to start from is that of filtered ones.
     slope, offset = guided_filter(once, L)
-    twice = smooth(move(once, palette(slope * L + offset), palettes), L)
-    return torch.cat([L, torch.lerp(ab, twice, amount)], dim=1)
+    twice = smooth(move(once, palette(slope * L + offset), palettes))
+    change = F.interpolate(twice - ab, lab.shape[2:], mode="bilinear")          # (1, 2, h, w)
+    return torch.cat([lab[:, :1], lab[:, 1:] + amount * change], dim=1)
 
 
 def color(model, gray, z, palettes, amount=REFINE, strength=1.):
@@ -359,7 +368,7 @@ def histograms(codes, names):
         y = 110 * row + 88  # where the bars stand
         for i, n in enumerate(bars.tolist()):
             pen.rectangle([10 + 10 * i, y - 66 * n / highest, 18 + 10 * i, y], fill="steelblue")
-        pen.text((10, y - 84), ascii(name)[1:-1][:60], fill="black")  # the font has no others
+        pen.text((10, y - 84), ascii(name)[1:-1][:60], fill="black")  # the font holds ASCII only
         for x, value in [(10, -top), (200, 0), (370, top)]:
             pen.text((x, y + 2), f"{value:.3g}", fill="gray")
     return page
@@ -370,8 +379,8 @@ def draw_curves(rows, colors):
 
     rows: dictionaries, as csv.DictReader gives them; colors: {name of a column: color of its line}.
     """
-    curves = {name: [(float(row["step"]), math.log10(float(row[name])))
-                     for row in rows if float(row.get(name) or 0) > 0] for name in colors}
+    curves = {name: points for name in colors if (points := [
+        (float(row["step"]), math.log10(float(row[name]))) for row in rows if float(row.get(name) or 0) > 0])}
     xs, ys = zip(*([*itertools.chain(*curves.values())] or [(1, 0)]))  # an empty log gets one dummy point
     right, low, high = max(xs), min(ys) - .02, max(ys) + .02
     page = Image.new("RGB", (640, 400), "white")
@@ -388,7 +397,7 @@ def draw_curves(rows, colors):
         pen.text((6, place(0, y)[1] - 6), f"{10 ** y:.4g}", fill="gray")
         pen.text((place(x, y)[0] - 12, 378), f"{x:.0f}", fill="gray")
     # The curves, their points as dots, and their names in the color of the line.
-    for i, (name, curve) in enumerate((name, curve) for name, curve in curves.items() if curve):
+    for i, (name, curve) in enumerate(curves.items()):
         points = [place(*point) for point in curve]
         pen.line(points, fill=colors[name], width=2)
         for x, y in points:

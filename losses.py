@@ -3,8 +3,8 @@
     color loss = mse * MSE + lpips * LPIPS              (section 2.2)
                  + palette * sliced Wasserstein         (ours, optional)
 
-LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", looks at
-both pictures, and the distance is taken between what it sees. Pictures are RGB in [0, 1] unless a docstring
+LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", computes
+features of both pictures, and LPIPS is the distance of these features. Pictures are RGB in [0, 1] unless a docstring
 says otherwise.
 
     python -c "import torch, losses; x = torch.rand(4, 3, 64, 64); print(losses.psnr(x, x / 2))"
@@ -89,10 +89,9 @@ class LPIPS(nn.Module):
     precision rounds away the small differences that this distance is made of.
     """
 
-    def __init__(self, net="vgg", trunk=None):
+    def __init__(self, net, trunk):
         super().__init__()
-        self.trunk = trunk if trunk is not None else load_trunk(net)
-        self.taps = TAPS[net]
+        self.trunk, self.taps = trunk, TAPS[net]
         linear = torch.load(LINEAR_WEIGHTS, map_location="cpu", weights_only=True)[net]
         self.linear = nn.ParameterList(linear)                                  # 5 x (1, C, 1, 1), all >= 0
         # The trunk was trained on normalized photos; these constants come with LPIPS and expect [-1, 1].
@@ -116,8 +115,8 @@ class LPIPS(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():
                 wanted = self.features(target.float())
-            return sum(F.conv2d((a - b).square(), w).mean((1, 2, 3))            # (B,)
-                       for a, b, w in zip(self.features(x.float()), wanted, self.linear))
+            return sum(F.conv2d((f - g).square(), w).mean((1, 2, 3))            # (B,)
+                       for f, g, w in zip(self.features(x.float()), wanted, self.linear))
 
 
 # ---- training losses --------------------------------------------------------------------------------------

@@ -77,8 +77,8 @@ class ModelConfig:
 def conv_block(channels_in, channels_out, convs, padding):
     """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
 
-    Zero padding tells the network where the border is, and it uses that to lay colors across the picture;
-    "replicate" repeats the border's own features: hardly a hint. (Transposed convolutions keep their zeros.)
+    With zero padding a convolution can tell where the border is, and colors then depend on the place;
+    "replicate" repeats the border's features, so that the border can hardly be told. (Transposed convolutions keep their zeros.)
     """
     layers = []
     for _ in range(convs):
@@ -92,7 +92,7 @@ class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then the mean over the picture: a picture becomes one short code.
 
     style: (B, C, H, W) of any size -> z: (B, D). No ReLU follows the last convolution, so a code may be
-    negative and no dimension of it can die; no BatchNorm, so a code does not depend on the rest of its batch.
+    negative and no number of it can stay 0 for ever; no BatchNorm, so a code does not depend on the rest of its batch.
     The widths are the authors'; they did not shrink with the U-Net's.
     """
 

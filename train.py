@@ -10,13 +10,12 @@
     photo, style --prepare--> gray, rgb, style --encode_style, colorize--> out --color_loss--> backward, step
 
 Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again.
-The rest is care: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several
+The rest handles settings, files and processes: `Settings`, `Run` (a folder for the results, a log, checkpoints) and `Processes` (several
 GPUs; with one process it does nothing). A run's folder (--output) holds last.pt, best.pt, log.csv, loss.png
 and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so a resumed run
 needs no saved random state, and goes on exactly as if it had never stopped (with --minutes and a falling
 learning rate, that rate still follows the clock).
 """
-import contextlib
 import csv
 import io
 import itertools
@@ -127,7 +126,6 @@ PRESETS = {
     # Table 3, the default: a U-Net so small, says the paper, that it has to look at the style.
     "final": {},
     # Table 1: the U-Net alone, on few pictures and for long, until it overfits.
-    # 2,000 photos 231 times: 462,000 pictures.
     "unet": dict(UNREDUCED, use_style=False, train_size=2000, val_size=200, epochs=231, weight_decay=.01),
     # Table 2: the wide U-Net with AdaIN. In the paper its codes go to zero.
     "collapsed": dict(UNREDUCED),
@@ -139,9 +137,9 @@ PRESETS = {
     "lab": dict(space="lab"),
     # Appendix A.1.1: without MSE, a grid appears.
     "lpips-only": dict(mse=0.),
-    # Not in the paper, and meant to go on from a network trained as `final`. The pair loss works against two
-    # colors on one wall, replicated borders against laying colors out by them, the palette loss against the
-    # pale averages that MSE asks for. The network that ships had --lr 7e-4 (weights/README.md).
+    # Not in the paper, and meant to go on from a network trained as `final`. The pair loss keeps one surface
+    # in one color. Replicated borders keep colors from depending on the place. The palette loss keeps them
+    # from becoming as pale as MSE alone makes them. The network that ships had --lr 7e-4 (weights/README.md).
     "ours": dict(padding="replicate", dropout=0., mse=4., lpips_net="alex", palette=1., pair=.2,
                  lr=1e-3, warmup=200, schedule="cosine", clip=1.),
 }
@@ -193,7 +191,7 @@ class Recipe:
             if device.type != "mps":  # this layout is faster; on MPS it has given wrong gradients
                 self.lpips.to(memory_format=torch.channels_last)
         # bfloat16 has the range of float32: small gradients do not vanish in it, as they do in float16.
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if s.amp else contextlib.nullcontext()
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.amp)
 
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
@@ -256,9 +254,9 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     """
     optimizer, values = optimizers[0], {}
 
-    # Forward and backward. backward() adds to the gradients that are there: after the last batch they hold a
-    # sum, which is the mean, because each loss was divided by their number. Then the mean over processes.
-    optimizer.zero_grad(set_to_none=True)
+    # Forward and backward. backward() adds to the gradients that are there: after the last batch they hold
+    # the mean over the batches, as each loss was divided by their number. Then the mean over processes.
+    optimizer.zero_grad()
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
         (losses["train_loss"] / len(batches)).backward()
@@ -276,7 +274,7 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     # Section 3.2, solution 2: forward, backward and step again, for the style loss alone. (Forward again,
     # because the weights have just changed.)
     if recipe.s.style_loss == "dual":
-        optimizers[1].zero_grad(set_to_none=True)
+        optimizers[1].zero_grad()
         for batch, seed in zip(batches, seeds):
             (recipe.losses(model, batch, seed)["style_loss"] / len(batches)).backward()
         processes.average([p.grad for p in model.parameters() if p.grad is not None])
@@ -310,8 +308,8 @@ def validate(model, recipe, batches):
     model.eval()  # no dropout; BatchNorm with its running statistics
     for batch in batches:
         # Every photo in its own colors: here there is a truth, the photo.
-        gray, rgb, style = recipe.prepare(batch)
-        z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
+        gray, rgb, _ = recipe.prepare(batch)
+        z = model.encode_style(rgb_to_network(rgb, s.space)) if s.use_style else None  # (B, D)
         out = model.colorize(gray, z)                                           # (B, 3 or 2, S, S)
         loss, terms = color_loss(out, gray, rgb, s.space, recipe.loss_weights, recipe.lpips)
         shown = network_to_rgb(out, gray, s.space).clamp(0, 1)                  # (B, 3, S, S)
@@ -319,11 +317,11 @@ def validate(model, recipe, batches):
         for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
             sums[name] = sums.get(name, 0) + value.item() * len(gray)
         count += len(gray)
-        # Does it listen? Every photo once more, with the code of the one before it in the batch (the only one
-        # of a batch gets its own). No truth exists for this; so palettes are compared.
+        # Does it listen? Every photo once more, with the code of the one before it in the batch (of a single
+        # photo: with its own). No truth exists for this; so palettes are compared.
         if s.use_style:
             other = network_to_rgb(model.colorize(gray, z.roll(1, 0)), gray, s.space).clamp(0, 1)
-            missed, from_gray = palette_distances(other, style.roll(1, 0))      # (B,), (B,)
+            missed, from_gray = palette_distances(other, rgb.roll(1, 0))        # (B,), (B,)
             ab, ab_other, true = (rgb_to_lab(x)[:, 1:] for x in (shown, other, rgb))    # (B, 2, S, S) each
             changed = sliced_wasserstein(ab, ab_other, 32)                      # (B,)
             differ = sliced_wasserstein(true, true.roll(1, 0), 32)              # (B,)
@@ -446,8 +444,8 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 
     stop: a list that a signal makes non-empty. Returns the exit code.
     """
-    s, passes = run.s, recipe.s.accumulate * processes.world
-    tenth = 60 * s.minutes / 10  # seconds: a run of --minutes is validated about ten times
+    s, passes = run.s, run.passes
+    tenth = 6 * s.minutes or math.inf  # seconds: a run of --minutes is validated about ten times
     next_validation = run.seconds + tenth
     while (progress := run.progress()) < 1:
         # Load.
@@ -455,8 +453,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 
         # Learn. Every forward pass of every process has a number, which with --seed makes its seed.
         for optimizer, divisor in zip(optimizers, (1, 10)):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(s, run.step, progress) / divisor
+            optimizer.param_groups[0]["lr"] = learning_rate(s, run.step, progress) / divisor
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
         values = train_step(model, recipe, optimizers, batches, seeds, processes)
@@ -469,8 +466,8 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         run.print_progress(values, recipe.device)
 
         # Validate and save: every --val-every steps, every tenth of --minutes, and at the end.
-        over = run.progress() >= 1
-        if over or stopping or run.step % s.val_every == 0 or (s.minutes and run.seconds >= next_validation):
+        due = run.step % s.val_every == 0 or run.seconds >= next_validation
+        if due or stopping or run.progress() >= 1:
             processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
             if not processes.rank:
                 report(run, model, recipe, optimizers, val_loader, stopping)
@@ -538,7 +535,7 @@ class Run:
     rows             those of log.csv, as dictionaries
     history          what its settings were before they were changed
     saved            the checkpoint that it goes on from, or None
-    per_step, limit  pictures in a step, and steps of the whole run (plan sets both)
+    passes, per_step, limit  forward passes and pictures in a step, steps of the whole run (plan sets them)
     """
 
     def __init__(self, preset, given, resume, dry_run):
@@ -612,7 +609,7 @@ class Run:
 
     def plan(self, pictures, passes):
         """How long? A step is `passes` forward passes, and the training set has so many pictures."""
-        s, self.per_step = self.s, self.s.batch_size * passes
+        s, self.passes, self.per_step = self.s, passes, self.s.batch_size * passes
         # --steps, else --minutes, and then the clock alone ends the run, else --epochs.
         self.limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * pictures / self.per_step))
         # The order of the pictures is counted in steps: a resumed run must keep the pictures of a step.

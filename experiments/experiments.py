@@ -57,7 +57,8 @@ TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING
             "combined": [(column, "combined-long", column, color) for column, color in COMBINED.items()],
             # "MSE and LPIPS together".
             "terms": [("both", "final-long", "val_transfer", "steelblue"),
-                      ("MSE alone", "mse-long", "val_transfer", "darkorange")]}
+                      ("MSE alone", "mse-long", "val_transfer", "darkorange"),
+                      ("LPIPS alone", "lpips-long", "val_transfer", "firebrick")]}
 
 
 def grid(out, truth):

@@ -205,7 +205,7 @@ def test_a_picture_that_vanishes_while_it_is_opened_gives_one_line(tmp_path, mon
 def test_a_picture_without_permission_gives_one_line_that_says_so(open_folder):
     paint(open_folder / "x.png").chmod(0)
     text = one_line(open_picture, open_folder / "x.png")
-    assert "x.png" in text and "permission" in text
+    assert "x.png" in text and "Permission denied" in text
 
 
 @pytest.mark.parametrize("name, content", [
