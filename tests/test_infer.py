@@ -614,4 +614,4 @@ def test_refining_brings_the_shipped_networks_palette_nearer_and_makes_the_sky_s
     before, after = torch.stack(transfers)[:8].T
     assert (after > before).sum() >= 7 and after.mean() > before.mean() + .1
     before, after = torch.stack(deviations).T
-    assert (after < .3 * before).all()
+    assert (after < .1 * before).all()
