@@ -4,8 +4,8 @@
                  + palette * sliced Wasserstein         (ours, optional)
 
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", computes
-features of both pictures, and LPIPS is the distance of these features. Pictures are RGB in [0, 1] unless a docstring
-says otherwise.
+features of both pictures, and LPIPS is the distance of these features. Pictures are RGB in [0, 1] unless a
+docstring says otherwise.
 
     python -c "import torch, losses; x = torch.rand(4, 3, 64, 64); print(losses.psnr(x, x / 2))"
 """

@@ -78,7 +78,8 @@ def conv_block(channels_in, channels_out, convs, padding):
     """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
 
     With zero padding a convolution can tell where the border is, and colors then depend on the place;
-    "replicate" repeats the border's features, so that the border can hardly be told. (Transposed convolutions keep their zeros.)
+    "replicate" repeats the border's features, so that the border can hardly be told. (Transposed
+    convolutions keep their zeros.)
     """
     layers = []
     for _ in range(convs):
@@ -92,8 +93,8 @@ class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then the mean over the picture: a picture becomes one short code.
 
     style: (B, C, H, W) of any size -> z: (B, D). No ReLU follows the last convolution, so a code may be
-    negative and no number of it can stay 0 for ever; no BatchNorm, so a code does not depend on the rest of its batch.
-    The widths are the authors'; they did not shrink with the U-Net's.
+    negative and no number of it can stay 0 for ever; no BatchNorm, so a code does not depend on the rest of
+    its batch. The widths are the authors'; they did not shrink with the U-Net's.
     """
 
     def __init__(self, channels, latent, sigmoid=False):
