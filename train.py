@@ -11,10 +11,10 @@
 
 Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop` calls them again and again.
 The rest handles settings, files and processes: `Settings`, `Run` (a folder for the results, a log,
-checkpoints) and `Processes` (several GPUs; with one process it does nothing). A run's folder (--output) holds last.pt, best.pt, log.csv, loss.png
-and samples/. Every random number is a function of (seed, step) or (seed, epoch, picture): so a resumed run
-needs no saved random state, and goes on exactly as if it had never stopped (with --minutes and a falling
-learning rate, that rate still follows the clock).
+checkpoints) and `Processes` (several GPUs; with one process it does nothing). A run's folder (--output) holds
+last.pt, best.pt, log.csv, loss.png and samples/. Every random number is a function of (seed, step) or (seed,
+epoch, picture): so a resumed run needs no saved random state, and goes on exactly as if it had never stopped
+(with --minutes and a falling learning rate, that rate still follows the clock).
 """
 import csv
 import io
