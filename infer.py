@@ -302,6 +302,7 @@ def refine(lab, palettes, amount=REFINE):
     """
     if not amount:
         return lab
+    # A larger picture gets the change of a small one, enlarged, and keeps its own detail.
     scale = min(1, SIDE / min(lab.shape[2:]))
     small = F.interpolate(lab, [round(scale * side) for side in lab.shape[2:]], mode="area")
     L, ab = small.split([1, 2], dim=1)
