@@ -253,6 +253,44 @@ def scene_lab(seed):
     return lab, infer.palette(slope * lab[:, :1] + offset)
 
 
+def test_averaging_takes_the_mean_color_of_the_places_that_are_alike():
+    """Against numpy, place by place, for a picture of 24x20, which has 6x5 places of 4x4 pixels."""
+    rng = np.random.default_rng(0)
+    L = np.kron(rng.uniform(40, 60, (6, 5)), np.ones((4, 4))) + rng.normal(0, 3, (24, 20))
+    ab = rng.normal(0, 30, (2, 24, 20))
+    around = np.pad(L, 1, mode="edge")
+    boxes = np.stack([around[y:y + 24, x:x + 20] for y in range(3) for x in range(3)])
+    places = [np.s_[..., y:y + 4, x:x + 4] for y in range(0, 24, 4) for x in range(0, 20, 4)]
+    colors = np.stack([ab[p].mean((1, 2)) for p in places])                     # (30, 2)
+    light, rough = (np.array([x[p].mean() for p in places]) for x in (L, boxes.var(0)))
+    y, x = np.divmod(np.arange(30), 5) * np.array([[4], [4]])
+    of_place = np.stack([y, x, light, np.sqrt(rough), *colors.T], axis=1) / infer.ALIKE
+    expected = np.zeros((30, 2))
+    for i in range(30):
+        weight = np.exp(-((of_place - of_place[i]) ** 2).sum(1) / 2)
+        expected[i] = (weight[:, None] * colors).sum(0) / weight.sum() - colors[i]
+    change = infer.average_alike(*(torch.from_numpy(x[None]).float() for x in (ab, L[None]))).numpy()[0] - ab
+    # The change is enlarged by straight lines between the places' centers. The pixels beside a center have 7/8 of
+    # its change and 1/8 of that of the next place; so their mean is not quite the place's change.
+    found = np.stack([change[p][:, 1:3, 1:3].mean((1, 2)) for p in places]).reshape(6, 5, 2)
+    expected = np.pad(expected.reshape(6, 5, 2), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    for axis in (0, 1):
+        before, here, after = (np.take(expected, range(k, expected.shape[axis] - 2 + k), axis) for k in range(3))
+        expected = (before + 14 * here + after) / 16
+    assert np.abs(found - expected).max() < 1e-3 and np.abs(found).max() > 5
+
+
+def test_averaging_joins_what_something_else_separates_and_not_the_rough_with_the_even():
+    L, ab = torch.full((1, 1, 40, 60), 60.), torch.zeros(1, 2, 40, 60)
+    L[..., 28:32] = 10.                                                         # a pole; right of it another color
+    ab[:, :1, :, 32:] = 15.
+    L[..., 24:, :] += 20 * (torch.arange(60) % 2 * 2 - 1)                       # below: as light, but striped
+    ab[:, :1, 24:] = -10.
+    found = infer.average_alike(ab, L)
+    assert (found[0, 0, 8, 4] - found[0, 0, 8, 56]).abs() < 10                  # 15 before
+    assert (found[:, :1, 32:, 4:24] + 10).abs().max() < .1 and (found[:, 1] == 0).all()
+
+
 def test_smoothing_solves_the_linear_equations_of_its_sum():
     """Against numpy: the matrix of all equations, written out pixel by pixel, for a picture of 8x7."""
     rng = np.random.default_rng(0)
@@ -305,13 +343,13 @@ def test_moving_gives_equal_colors_equal_colors_and_reaches_the_palette():
     assert after < .5 * before
 
 
-def test_refining_goes_from_the_networks_answer_to_smooth_moved_smooth():
+def test_refining_averages_smooths_moves_and_smooths_again():
     lab, _ = scene_lab(1)
     _, wanted = scene_lab(3)
     whole, half = (infer.refine(lab, [(1., wanted)], amount) for amount in (1., .5))
     assert torch.equal(infer.refine(lab, [(1., wanted)], 0), lab)
     L, ab = lab.split([1, 2], dim=1)
-    once = infer.make_smooth(L)(ab)
+    once = infer.make_smooth(L)(infer.average_alike(ab, L))
     slope, offset = infer.guided_filter(once, L)                                # join will filter them, too
     moved = infer.move(once, infer.palette(slope * L + offset), [(1., wanted)])
     change = infer.make_smooth(L)(moved) - ab
