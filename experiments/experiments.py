@@ -58,7 +58,11 @@ TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING
             # "MSE and LPIPS together".
             "terms": [("both", "final-long", "val_transfer", "steelblue"),
                       ("MSE alone", "mse-long", "val_transfer", "darkorange"),
-                      ("LPIPS alone", "lpips-long", "val_transfer", "firebrick")]}
+                      ("LPIPS alone", "lpips-long", "val_transfer", "firebrick")],
+            # "32 numbers are best".
+            "latents": [(f"{n} numbers", run, "val_transfer", color) for n, run, color in (
+                (2, "latent2-long", "firebrick"), (32, "latent32-long-seed1", "steelblue"),
+                (128, "latent128-long", "darkorange"))]}
 
 
 def grid(out, truth):
