@@ -15,8 +15,8 @@ result is as large and as sharp as the photo, whatever its size.
     photo (H, W) and L, a, b --join--> picture (H, W)
 
 The sections follow this way: a checkpoint is read; encode and predict are the paper's method, join makes the
-large picture; refine, which is ours, makes surfaces smooth and brings the colors nearer to the style's; then
-come drawings of several results, and last the command line, where `main` is the place to begin.
+large picture; refine, which is ours, gives one thing one color and brings the colors nearer to the style's;
+then come drawings of several results, and last the command line, where `main` is the place to begin.
 """
 import itertools
 import math
