@@ -206,21 +206,24 @@ BLUR = 7.     # how blurred the plan is: a color becomes a mean of style colors 
 def average_alike(ab, L):
     """The colors of a small picture, ab (1, 2, h, w), drawn to the mean color of places that are alike -> ab.
 
-    A joint bilateral filter (Petschnigg et al. 2004) with a wide window. Alike is what is near, equally light,
-    equally rough and of about one color, whatever lies between: so the leaves of a tree get one color, or a
-    wall behind a fence, which make_smooth, going from neighbor to neighbor, does not reach. L: (1, 1, h, w).
+    A joint bilateral filter (Petschnigg et al. 2004) with a wide window. Alike is what is near, equally
+    light, equally rough and of about one color, whatever lies between. So the leaves of a tree get one color,
+    or a wall behind a fence; make_smooth, going from neighbor to neighbor, does not reach them.
+    L: (1, 1, h, w), as predict gives it.
     """
     # All pairs of places are compared; so a place is 4x4 pixels, and 128x128 pixels are 32x32 places.
-    h, w = (math.ceil(side / 4) for side in L.shape[2:])
+    rows, columns = (math.ceil(side / 4) for side in L.shape[2:])
     # Roughness is the deviation of L in 3x3 pixels: high in grass, low on a wall.
     variance = (box_mean(L * L, 1) - box_mean(L, 1).square()).clamp(min=0)
-    means = F.interpolate(torch.cat([L, variance, ab], dim=1), (h, w), mode="area")     # (1, 4, h, w)
-    light, rough, a, b = means[0].flatten(1)                                    # (h * w,) each
-    y, x = torch.cartesian_prod(4. * torch.arange(h), 4. * torch.arange(w)).T   # (h * w,) each
-    places = torch.stack([y, x, light, rough.sqrt(), a, b], dim=1) / torch.tensor(ALIKE)    # (h * w, 6)
-    shares = (-torch.cdist(places, places).square() / 2).softmax(1)  # of all places in the color of each
-    old = means[0, 2:].flatten(1).T                                             # (h * w, 2)
-    change = (shares @ old - old).T.reshape(1, 2, h, w)
+    four = torch.cat([L, variance, ab], dim=1)                                  # (1, 4, h, w)
+    means = F.interpolate(four, (rows, columns), mode="area")                   # (1, 4, rows, columns)
+    light, rough, a, b = means[0].flatten(1)                                    # (N,), N = rows * columns
+    y, x = torch.cartesian_prod(4. * torch.arange(rows), 4. * torch.arange(columns)).T  # (N,) each
+    places = torch.stack([y, x, light, rough.sqrt(), a, b], dim=1) / torch.tensor(ALIKE)  # (N, 6)
+    # How much of every place is in the new color of each: (N, N), and every row adds up to 1.
+    shares = (-torch.cdist(places, places).square() / 2).softmax(1)
+    old = torch.stack([a, b], dim=1)                                            # (N, 2)
+    change = (shares @ old - old).T.reshape(1, 2, rows, columns)
     return ab + F.interpolate(change, ab.shape[2:], mode="bilinear")            # (1, 2, h, w)
 
 
