@@ -207,8 +207,8 @@ def average_alike(ab, L):
     """The colors of a small picture, ab (1, 2, h, w), drawn to the mean color of places that are alike -> ab.
 
     A joint bilateral filter (Petschnigg et al. 2004) with a wide window. Alike is what is near, equally
-    light, equally rough and of about one color, whatever lies between. So the leaves of a tree get one color,
-    or a wall behind a fence; make_smooth, going from neighbor to neighbor, does not reach them.
+    light, equally rough and of about one color, whatever lies between. So the leaves of a tree, or a wall
+    behind a fence, get one color; make_smooth, going from neighbor to neighbor, does not reach them.
     L: (1, 1, h, w), as predict gives it.
     """
     # All pairs of places are compared; so a place is 4x4 pixels, and 128x128 pixels are 32x32 places.
