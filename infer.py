@@ -23,7 +23,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 # data comes first: it imports torch, numpy and PIL, and here we can say which of them is missing.
@@ -56,13 +55,12 @@ MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif
 def pick_device(name):
     """A name, or "auto" -> torch.device; CUDA is made repeatable. Raises UserError if it is not there."""
     # MPS is Apple's GPU. "auto" takes the first that is there, in this order of speed.
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(d for d in ("cuda", "mps", "cpu") if there[d])
-    if not there[name]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    fitting = [device for device in there if there[device] and name in (device, "auto")]
+    if not fitting:
         raise UserError(f"--device {name}: this machine or this build of torch has none; use --device cpu")
     torch.backends.cudnn.deterministic = True  # else CUDA adds in any order: the last bits would vary
-    return torch.device(name)
+    return torch.device(fitting[0])
 
 
 def load_checkpoint(path):
@@ -79,8 +77,7 @@ def load_checkpoint(path):
         version, size = checkpoint["format"], checkpoint["settings"]["size"]
         config, weights = dict(checkpoint["model"]), dict(checkpoint["weights"])
     except Exception:  # whatever it is, the cure is the same
-        raise UserError("not a checkpoint of this program, or a damaged one; train.py writes best.pt",
-                        path) from None
+        raise UserError("not a checkpoint of train.py (it writes best.pt), or a damaged one", path) from None
     # Of a format that we know?
     if type(version) is not int or version not in (1, FORMAT):
         raise UserError(f"is not of checkpoint format {FORMAT}; update the program", path)
@@ -95,7 +92,7 @@ def load_checkpoint(path):
         check_weights(weights, config)
     except ValueError as error:
         raise UserError(f"not a network of this program ({error})", path) from None
-    return checkpoint | {"model": asdict(config), "weights": weights}
+    return checkpoint | {"model": vars(config), "weights": weights}
 
 
 def check_weights(weights, config):
@@ -173,17 +170,16 @@ def join(photo, lab):
     lines = torch.cat(guided_filter(lab[:, 1:], lab[:, :1]), dim=1)             # (1, 4, h, w)
     planes = [Image.fromarray(plane.numpy()) for plane in lines[0]]             # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
-    result = Image.new("RGB", (W, H))
+    result = Image.new("RGB", photo.size)
     # A tile is some whole rows of the photo, or a part of a row that is longer than a tile.
     columns = min(W, TILE_PIXELS)
-    rows = max(1, TILE_PIXELS // columns)
+    rows = TILE_PIXELS // columns
     for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
         right, bottom = min(x + columns, W), min(y + rows, H)
-        tile = to_tensor(photo.crop((x, y, right, bottom)))[None] / 255  # (1, 3, rows, columns)
-        L = rgb_to_lab(tile)[:, :1]  # (1, 1, rows, columns)
+        tile = photo.crop((x, y, right, bottom))
+        L = rgb_to_lab(to_tensor(tile)[None] / 255)[:, :1]                      # (1, 1, rows, columns)
         box = (x * w / W, y * h / H, right * w / W, bottom * h / H)  # the tile, in pixels of the small planes
-        size = (right - x, bottom - y)
-        large = [np.array(plane.resize(size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
+        large = [np.array(plane.resize(tile.size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
         slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, columns) each
         # What no screen can show at this lightness loses chroma, never lightness.
         rgb = lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))           # (1, 3, rows, columns)
@@ -216,8 +212,8 @@ def average_alike(ab, L):
     # Roughness is the deviation of L in 3x3 pixels: high in grass, low on a wall.
     variance = (box_mean(L * L, 1) - box_mean(L, 1).square()).clamp(min=0)
     four = torch.cat([L, variance, ab], dim=1)                                  # (1, 4, h, w)
-    means = F.interpolate(four, (rows, columns), mode="area")                   # (1, 4, rows, columns)
-    light, rough, a, b = means[0].flatten(1)                                    # (N,), N = rows * columns
+    # The mean of each in each place: (N,), N = rows * columns.
+    light, rough, a, b = F.interpolate(four, (rows, columns), mode="area")[0].flatten(1)
     y, x = torch.cartesian_prod(4. * torch.arange(rows), 4. * torch.arange(columns)).T  # (N,) each
     places = torch.stack([y, x, light, rough.sqrt(), a, b], dim=1) / torch.tensor(ALIKE)  # (N, 6)
     # How much of every place is in the new color of each: (N, N), and every row adds up to 1.
@@ -372,16 +368,14 @@ def sheet(photos, styles, size, colorings):
     for an empty cell; colorings: a function that gives for a photo's square its colorings, one for each
     style, in their order. Returns a PIL picture.
     """
-    # {(row, column): picture}, row 0 for the styles, column 0 for the gray photos; the rest stays white.
-    cells = {(0, column): crop_square(style, size) for column, style in enumerate(styles, start=1) if style}
-    for row, photo in enumerate(photos, start=1):
-        photo = crop_square(photo, size)
-        cells[row, 0] = gray_version(photo)
-        cells |= {(row, column): picture for column, picture in enumerate(colorings(photo), start=1)}
+    squares = [crop_square(photo, size) for photo in photos]
+    rows = [[None, *styles]] + [[gray_version(square), *colorings(square)] for square in squares]
     step = size + 4
-    page = Image.new("RGB", ((len(styles) + 1) * step + 4, (len(photos) + 1) * step + 4), "white")
-    for (row, column), cell in cells.items():
-        page.paste(cell, (4 + column * step, 4 + row * step))
+    page = Image.new("RGB", (len(rows[0]) * step + 4, len(rows) * step + 4), "white")
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row):
+            if cell:  # an empty one stays white
+                page.paste(crop_square(cell, size), (4 + x * step, 4 + y * step))
     return page
 
 
@@ -534,15 +528,12 @@ class Files:
 
 
 def find_pictures(arguments):
-    """Files and folders -> files. A folder without pictures stands for itself, and opening it will fail.
+    """Files and folders -> files. What has no pictures inside stands for itself: a file, or an empty folder.
 
-    (In a folder, files that are no pictures are passed over; a file that was named is tried, whatever it is.)
+    (In a folder, files that are no pictures are passed over; a file that was named is tried, whatever it is.
+    Opening an empty folder will fail, and say so.)
     """
-    found = []
-    for argument in arguments:
-        inside = list_pictures(argument) if os.path.isdir(argument) else []
-        found += inside or [Path(argument)]
-    return found
+    return [path for argument in arguments for path in list_pictures(argument) or [Path(argument)]]
 
 
 def make_looks(styles, blend=None):
@@ -551,12 +542,11 @@ def make_looks(styles, blend=None):
     styles: [(name, small picture (1, 3, h, w), code)]. Codes are plain vectors: their weighted mean is a code
     as well. The palettes of a blend stay apart, and refine takes the mean of the ways to them.
     """
-    names, pictures, codes = zip(*styles)
-    palettes = [palette(rgb_to_lab(small)[:, 1:]) for small in pictures]
+    palettes = [palette(rgb_to_lab(small)[:, 1:]) for _, small, _ in styles]
     if not blend:
-        return [(name, z, [(1., target)]) for name, z, target in zip(names, codes, palettes)]
+        return [(name, z, [(1., target)]) for (name, _, z), target in zip(styles, palettes)]
     shares = [w / sum(blend) for w in blend]
-    return [("blend", sum(w * z for w, z in zip(shares, codes)), list(zip(shares, palettes)))]
+    return [("blend", sum(w * z for w, (*_, z) in zip(shares, styles)), list(zip(shares, palettes)))]
 
 
 def color_pairs(model, photos, styles, files, size, args):
