@@ -43,11 +43,6 @@ from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, ne
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
-try:
-    import fcntl  # locks a run's folder
-except ImportError:  # Windows has no such module, and so no lock
-    fcntl = None
-
 
 # ---- settings ---------------------------------------------------------------------------------------------
 
@@ -177,6 +172,11 @@ def parse(argv):
 
 # ---- learning ---------------------------------------------------------------------------------------------
 
+def means(rows):
+    """[{name: number}, ...], with the same names in each -> {name: its mean}."""
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
 class Recipe:
     """The settings and the frozen networks that turn a batch into losses, in training and in validation."""
 
@@ -185,11 +185,10 @@ class Recipe:
         self.loss_weights = {"mse": s.mse, "lpips": s.lpips, "palette": s.palette}
         # LPIPS compares what a network sees that was trained to recognize things. It only measures: its
         # weights are frozen, and the gradient passes through it to the picture.
-        self.lpips = None
-        if s.lpips:
-            self.lpips = LPIPS(s.lpips_net, load_trunk(s.lpips_net, s.lpips_weights)).to(device)
-            if device.type != "mps":  # this layout is faster; on MPS it has given wrong gradients
-                self.lpips.to(memory_format=torch.channels_last)
+        net = s.lpips_net
+        self.lpips = LPIPS(net, load_trunk(net, s.lpips_weights)).to(device) if s.lpips else None
+        if s.lpips and device.type != "mps":  # this layout is faster; on MPS it has given wrong gradients
+            self.lpips.to(memory_format=torch.channels_last)
         # bfloat16 has the range of float32: small gradients do not vanish in it, as they do in float16.
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=s.amp)
 
@@ -252,7 +251,7 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each; optimizers: one, or two for
     solution 2 of section 3.2; processes: averages the gradients of several GPUs, does nothing for one.
     """
-    optimizer, values = optimizers[0], {}
+    optimizer, values = optimizers[0], []
 
     # Forward and backward. backward() adds to the gradients that are there: after the last batch they hold
     # the mean over the batches, as each loss was divided by their number. Then the mean over processes.
@@ -260,8 +259,8 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
         (losses["train_loss"] / len(batches)).backward()
-        for name, loss in losses.items():  # item() waits for the GPU: so only here, after backward()
-            values[name] = values.get(name, 0) + loss.item() / len(batches)
+        # item() waits for the GPU: so only here, after backward().
+        values.append({name: loss.item() for name, loss in losses.items()})
     processes.average([p.grad for p in model.parameters() if p.grad is not None])
 
     # Clip. A gradient longer than --clip is shortened: one strange batch cannot throw the weights far off.
@@ -279,7 +278,7 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
             (recipe.losses(model, batch, seed)["style_loss"] / len(batches)).backward()
         processes.average([p.grad for p in model.parameters() if p.grad is not None])
         optimizers[1].step()
-    return values
+    return means(values)
 
 
 def learning_rate(s, step, progress):
@@ -304,7 +303,7 @@ def validate(model, recipe, batches):
     a share of how much the palettes of the two photos differ; 0 for a network that ignores the style. spread:
     deviation of the style codes over pictures, mean over dimensions; near 0, all pictures have the same code.
     """
-    s, sums, count, codes, distances = recipe.s, {}, 0, [], 0
+    s, measures, codes, distances = recipe.s, [], [], 0
     model.eval()  # no dropout; BatchNorm with its running statistics
     for batch in batches:
         # Every photo in its own colors: here there is a truth, the photo.
@@ -313,10 +312,9 @@ def validate(model, recipe, batches):
         out = model.colorize(gray, z)                                           # (B, 3 or 2, S, S)
         loss, terms = color_loss(out, gray, rgb, s.space, recipe.loss_weights, recipe.lpips)
         shown = network_to_rgb(out, gray, s.space).clamp(0, 1)                  # (B, 3, S, S)
-        # The last batch may be smaller than the others: sums over pictures, not means over batches.
-        for name, value in {**terms, "loss": loss, "psnr": psnr(shown, rgb).mean()}.items():
-            sums[name] = sums.get(name, 0) + value.item() * len(gray)
-        count += len(gray)
+        terms |= {"loss": loss, "psnr": psnr(shown, rgb).mean()}
+        # The last batch may be smaller than the others; so there is one row for each picture.
+        measures += [{name: value.item() for name, value in terms.items()}] * len(gray)
         # Does it listen? Every photo once more, with the code of the one before it in the batch (of a single
         # photo: with its own). No truth exists for this; so palettes are compared.
         if s.use_style:
@@ -328,9 +326,9 @@ def validate(model, recipe, batches):
             distances += torch.stack([missed, from_gray, changed, differ]).sum(1)   # (4,)
             codes.append(z)
     model.train()
-    # Quotients of sums, and not means of quotients: a photo with hardly any color would have a wild one.
-    result = {name: value / count for name, value in sums.items()}
+    result = means(measures)
     if s.use_style:
+        # Quotients of sums, and not means of quotients: a photo with hardly any color would have a wild one.
         missed, from_gray, changed, differ = distances.tolist()
         result["transfer"], result["listens"] = 1 - missed / max(from_gray, 1e-6), changed / max(differ, 1e-6)
         result["spread"] = torch.cat(codes).std(0, correction=0).mean().item()
@@ -341,10 +339,8 @@ def validate(model, recipe, batches):
 
 def as_option(name, value):
     """A setting as one would type it: --batch-size 8, --sigmoid, --no-use-style."""
-    option = name.replace("_", "-")
-    if type(value) is bool:
-        return f"--{option}" if value else f"--no-{option}"
-    return f"--{option} {value}"
+    option = ("--no-" if value is False else "--") + name.replace("_", "-")
+    return option if type(value) is bool else f"{option} {value}"
 
 
 def build(run, device):
@@ -356,7 +352,7 @@ def build(run, device):
     torch.manual_seed(s.seed)  # seeds the initial weights
     # Settings inherits the network's settings from ModelConfig; only those describe the network, and only
     # those go into the checkpoint's "model", from which infer.py builds it again.
-    model = Colorizer(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)}))
+    model = Colorizer(ModelConfig(**{f.name: getattr(s, f.name) for f in fields(ModelConfig)})).to(device)
     initial = saved or (load_checkpoint(s.init) if s.init else None)
     if initial:
         # Dropout and padding have no weights: they may differ.
@@ -365,7 +361,6 @@ def build(run, device):
         if needed:
             raise UserError(f"holds another network; add {' '.join(needed)}", run.folder if saved else s.init)
         model.load_state_dict(initial["weights"])
-    model.to(device)
     # Section 3.2, solution 2: the second optimizer is for the style loss, with a tenth of the learning rate.
     optimizers = [torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
                   for _ in range(2 if s.style_loss == "dual" else 1)]
@@ -407,24 +402,18 @@ def train(preset, given, resume, dry_run):
         processes.wait()
     model, optimizers = build(run, device)
 
-    # A step is `passes` forward passes, over all processes.
-    passes = s.accumulate * processes.world
-    run.plan(len(training), passes)
-    print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training "
-          f"and {len(validation)} validation pictures, {device}, from step {run.step}")
+    run.plan(len(training), s.accumulate * processes.world)
+    print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training"
+          f" and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress() >= 1:
         print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give "
               "it more with --steps, --epochs or --minutes")
         return 0
 
-    # Endless training batches, every process taking its own; and the validation pictures, in batches of 16.
+    # Endless training batches, every process taking its own.
     photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
-    order = batch_order(len(photos), s.batch_size, s.seed, start=run.step * passes + processes.rank,
+    order = batch_order(len(photos), s.batch_size, s.seed, start=run.step * run.passes + processes.rank,
                     every=processes.world)
-    val_photos = Photos(validation, s.size, s.seed, False)
-    val_items = [(0, i) for i in range(len(validation))]  # (epoch, index)
-    if dry_run:
-        run.limit, val_items = 1, val_items[:16]
 
     # From here on Ctrl-C is answered, and the folder is ours. --workers processes load and crop the next
     # batches while this one computes.
@@ -435,7 +424,8 @@ def train(preset, given, resume, dry_run):
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: only slower
     loading = dict(num_workers=s.workers, worker_init_fn=start_loader, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
-    val_loader = DataLoader(val_photos, batch_size=16, sampler=val_items, **loading)
+    val_loader = DataLoader(Photos(validation, s.size, s.seed, False), batch_size=16,
+                            sampler=[(0, i) for i in range(len(validation))], **loading)  # (epoch, index)
     return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop)
 
 
@@ -461,13 +451,11 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
         values, stopping, run.seconds = processes.agree(values, stop, run.clock())
-        if not all(map(math.isfinite, values.values())):
-            raise run.diverged("the loss")
+        run.require_finite("the loss", values.values())
         run.print_progress(values, recipe.device)
 
-        # Validate and save: every --val-every steps, every tenth of --minutes, and at the end.
-        due = run.step % s.val_every == 0 or run.seconds >= next_validation
-        if due or stopping or run.progress() >= 1:
+        # Validate and save: every --val-every steps, every tenth of --minutes, when stopped, and at the end.
+        if run.step % s.val_every == 0 or run.seconds >= next_validation or stopping or run.progress() >= 1:
             processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
             if not processes.rank:
                 report(run, model, recipe, optimizers, val_loader, stopping)
@@ -489,11 +477,9 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
     last.pt comes after best.pt: a run killed between the two resumes from the older last.pt.
     """
     result = {} if stopping else validate(model, recipe, val_loader)
-    if not math.isfinite(result.get("loss", 0)):
-        raise run.diverged("the validation loss")
     # Checked before anything is written: the checkpoints of an earlier step stay.
-    if not all(w.isfinite().all() for w in model.state_dict().values()):
-        raise run.diverged("a weight")
+    run.require_finite("the validation loss", result.values())
+    run.require_finite("a weight", [w.float().abs().max() for w in model.state_dict().values()])
     run.write_log(optimizers[0].param_groups[0]["lr"], result)
     # best.pt has the lowest validation loss; without any validation so far, the first one is the best.
     if result.get("loss", math.inf) < run.best or not (run.folder / "best.pt").exists():
@@ -501,8 +487,9 @@ def report(run, model, recipe, optimizers, val_loader, stopping):
         run.save("best.pt", model, optimizers)
     run.save("last.pt", model, optimizers)
     # Numbers do not show whether colors sit on things. Look at the strip.
-    page = sample(model, val_loader.dataset, run.s)
-    save_atomically(run.folder / "samples" / f"{run.step:07d}.png", page.save)
+    model.eval()
+    save_atomically(run.folder / f"samples/{run.step:07d}.png", sample(model, val_loader.dataset, run.s).save)
+    model.train()
 
 
 def sample(model, photos, s):
@@ -513,14 +500,10 @@ def sample(model, photos, s):
     def code(picture):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
 
-    model.eval()
     pictures = [photos.load(i) for i in range(min(8, len(photos)))]
-    styles = pictures[4:] if s.use_style else []
-    others = [code(style) for style in styles]
-    page = sheet(pictures[:4], [None, *styles], s.size, lambda photo: (
-        colorize_photo(model, photo, z, s.size) for z in [code(photo), *others]))
-    model.train()
-    return page
+    styles = [None, *pictures[4:]] if s.use_style else [None]  # None: the photo is its own style
+    return sheet(pictures[:4], styles, s.size, lambda photo: (
+        colorize_photo(model, photo, code(style or photo), s.size) for style in styles))
 
 
 # ---- a run and its folder ---------------------------------------------------------------------------------
@@ -535,6 +518,8 @@ class Run:
     rows             those of log.csv, as dictionaries
     history          what its settings were before they were changed
     saved            the checkpoint that it goes on from, or None
+    recent           losses of the steps since the last row
+    printed          when the last line was printed, and at which step
     passes, per_step, limit  forward passes and pictures in a step, steps of the whole run (plan sets them)
     """
 
@@ -546,8 +531,7 @@ class Run:
         # Any of these files is a run, also when last.pt was lost: to start anew here would overwrite best.pt.
         if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
             if not resume:
-                raise UserError("already holds a run: add --resume to go on, or choose another --output",
-                                self.folder)
+                raise UserError("already holds a run: add --resume, or choose another --output", self.folder)
             before = self.restore(self.folder / "last.pt", preset)
         elif resume:
             print(f"{printable(self.folder)}: nothing to resume here; a new run begins", file=sys.stderr)
@@ -557,17 +541,16 @@ class Run:
             self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
         except ValueError as error:  # the given ones alone were fine, but not together with those of the run
             raise UserError(f"cannot go on with these options: {error}", self.folder) from None
-        now = asdict(self.s)
-        changes = [f"{k} {v!r:.200} -> {now[k]!r:.200}" for k, v in before.items()
-                   if v != now[k] and k != "output"]
+        changes = [f"{k} {v!r:.200} -> {getattr(self.s, k)!r:.200}" for k, v in before.items()
+                   if v != getattr(self.s, k) and k != "output"]
         if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history = [*self.history, {"until step": self.step, "settings": before}]
-        self.folder = self.folder / "dry-run" if dry_run else self.folder
+        if dry_run:  # one step and one validation batch, in a folder of its own
+            self.s.steps, self.s.val_size, self.folder = 1, 16, self.folder / "dry-run"
         # The clock starts where the last session ended; and the log's next row is still empty.
         self.started = time.monotonic() - self.seconds
-        self.sums, self.count = {}, 0                          # of the losses of the steps since the last row
-        self.printed = (time.monotonic(), self.step)           # when the last line was printed, at which step
+        self.recent, self.printed = [], (time.monotonic(), self.step)
 
     def restore(self, last, preset):
         """Go back to where last.pt ends -> its settings. Raises UserError for what is no run of ours."""
@@ -576,16 +559,14 @@ class Run:
             before = asdict(Settings.from_file(saved["settings"]))
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
-            numbers = [self.step, self.seconds, *itertools.chain(*(row.values() for row in self.rows))]
-            assert all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-            assert all(row.keys() >= {"step", "pictures"} for row in self.rows)
+            for row in self.rows:
+                assert row.keys() >= {"step", "pictures"} and all(map(math.isfinite, row.values()))
             assert self.preset in PRESETS and type(self.best) is float and not math.isnan(self.best)
-            assert type(self.step) is int and 0 < self.step < 2 ** 31
+            assert type(self.step) is int and 0 < self.step < 2 ** 31 and 0 <= self.seconds < math.inf
             assert self.rows[-1]["pictures"] % self.step == 0
         except Exception as error:  # a file may hold anything
             why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
-            raise UserError(f"cannot be resumed ({why}); use its weights with --init and another --output",
-                            last) from None
+            raise UserError(f"cannot be resumed ({why}); use it as the --init of a new run", last) from None
         if preset not in (None, self.preset):
             raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
         return before
@@ -599,11 +580,10 @@ class Run:
         self.lock_file = open(self.folder / ".lock", "w")
         try:
             # lockf and not flock: the loaders, copies of this process, do not inherit it and cannot keep it.
-            if fcntl:
-                fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if hasattr(os, "lockf"):  # Windows has none, and so no lock
+                os.lockf(self.lock_file.fileno(), os.F_TLOCK, 0)
         except BlockingIOError:
-            raise UserError("another train.py is at work here; choose another --output",
-                            self.folder) from None
+            raise UserError("another train.py is at work here; use another --output", self.folder) from None
         for part in self.folder.glob("**/.part-*"):  # what a killed run was writing
             part.unlink()
 
@@ -615,8 +595,8 @@ class Run:
         # The order of the pictures is counted in steps: a resumed run must keep the pictures of a step.
         if self.rows and self.rows[-1]["pictures"] != self.step * self.per_step:
             had = self.rows[-1]["pictures"] // self.step
-            raise UserError(f"its steps are of {had} pictures, not {self.per_step}: --batch-size x --accumulate "
-                            "x processes must stay the same", self.folder)
+            raise UserError(f"its steps are of {had} pictures, not {self.per_step}: --batch-size x "
+                            "--accumulate x processes must stay the same", self.folder)
 
     def clock(self):
         """Seconds that the run has taken, earlier sessions counted."""
@@ -631,14 +611,13 @@ class Run:
 
         A single batch's loss jumps up and down by a third, so the mean since the last row is shown.
         """
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in values.items()}
-        self.count += 1
+        self.recent.append(values)
         now, (then, step), terminal = time.monotonic(), self.printed, sys.stdout.isatty()
         if now - then < (1 if terminal else 60):
             return
         left = self.seconds * (1 / self.progress() - 1) / 60  # minutes, if it goes on as it went
         peak = f"  {torch.cuda.max_memory_allocated() / 1e6:.0f} MB" if device.type == "cuda" else ""
-        print(f"\rstep {self.step}  loss {self.sums['train_loss'] / self.count:.4f}  "
+        print(f"\rstep {self.step}  loss {means(self.recent)['train_loss']:.4f}  "
               f"{(self.step - step) * self.per_step / (now - then):.1f} images/s  {left:.1f} min left{peak} ",
               end="" if terminal else "\n", flush=True)
         self.printed = now, self.step
@@ -648,14 +627,13 @@ class Run:
 
         The whole file is written each time: it is small, and its columns may change with the settings.
         """
-        if self.count:
-            losses = {name: value / self.count for name, value in self.sums.items()}
-            losses |= {f"val_{name}": value for name, value in result.items()}
+        if self.recent:
+            losses = means(self.recent) | {f"val_{name}": value for name, value in result.items()}
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
             print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
             self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
                               "seconds": round(self.seconds, 1), "lr": lr, **losses})
-            self.sums, self.count, self.printed = {}, 0, (time.monotonic(), self.step)
+            self.recent, self.printed = [], (time.monotonic(), self.step)
 
         def write(part):
             with open(part, "w", newline="") as file:
@@ -669,22 +647,23 @@ class Run:
 
     def save(self, name, model, optimizers):
         """Write a checkpoint. (report has made sure that its weights are finite.)"""
-        weights = model.state_dict()  # BatchNorm's running statistics included
-        # "format", "model", "settings" and "weights" are what infer.py reads; the rest is for --resume. Adam
-        # keeps two averages for each weight, so the file is three times as large as the network.
+        # "format", "model", "settings" and "weights" are what infer.py reads; the rest is for --resume. The
+        # weights include BatchNorm's running statistics. Adam keeps two averages for each weight, so the file
+        # is three times as large as the network.
         # Into memory first: then a full disk gives a clear OSError.
         buffer = io.BytesIO()
         torch.save({"format": FORMAT, "preset": self.preset, "model": asdict(model.config), "step": self.step,
                     "settings": asdict(self.s), "seconds": self.clock(), "best": self.best, "log": self.rows,
-                    "history": self.history, "weights": weights,
+                    "history": self.history, "weights": model.state_dict(),
                     "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, buffer)
         save_atomically(self.folder / name, lambda part: part.write_bytes(buffer.getbuffer()))
 
-    def diverged(self, what):
-        """The error to raise for a number that is not finite."""
-        kept = f"last.pt of step {self.rows[-1]['step']} is kept, and finite" if self.rows else "nothing saved"
-        return UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now {self.s.lr:g}) "
-                         f"or --clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
+    def require_finite(self, what, numbers):
+        """Raise UserError if one of the numbers is nan or inf: the training has diverged."""
+        if not all(map(math.isfinite, numbers)):
+            kept = f"last.pt of step {self.rows[-1]['step']} is kept" if self.rows else "nothing was saved"
+            raise UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now "
+                            f"{self.s.lr:g}) or --clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
 
 
 # ---- several processes, and signals -----------------------------------------------------------------------
@@ -739,8 +718,8 @@ class Processes:
         return dict(zip(values, numbers)), stopping > 0, seconds
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
-                if hasattr(signal, name)]  # Windows has no SIGHUP
+# Those that this system has: Windows has no SIGHUP.
+STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
 def listen_for_stop(processes):
@@ -769,36 +748,28 @@ def start_loader(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def end_loaders():
-    """Kill the loading processes. Python would send SIGTERM, which they ignore, and wait for ever.
-
-    They only read; so nothing can be lost with them.
-    """
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
-    for loader in multiprocessing.active_children():
-        loader.kill()
-
-
 def main(argv=None):
     """Parse, train, and say in one line what went wrong with processes. (data.run_program says the rest.)"""
-    arguments = parse(argv)
     try:
-        code = train(*arguments)
+        code = train(*parse(argv))
     except (RuntimeError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
         # Batches come through sockets: a loading process that ends while it sends one gives the last three.
         # For the others torch has no types of its own; the text is all there is.
         if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
-            raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none); "
-                            "--resume goes on from the last checkpoint") from None
-        lost = isinstance(error, dist.DistBackendError) or "gloo" in str(error)
-        if not (dist.is_initialized() and lost):
-            raise
-        if dist.get_rank():
-            sys.exit(1)  # the first process says it
-        raise UserError("another process has ended, or has not answered for 30 minutes") from None
+            raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none)"
+                            "; --resume goes on from the last checkpoint") from None
+        if dist.is_initialized() and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+            if dist.get_rank():
+                sys.exit(1)  # the first process says it
+            raise UserError("another process has ended, or has not answered for 30 minutes") from None
+        raise
     finally:
-        end_loaders()
+        # Kill the loading processes, which only read. Python would send SIGTERM, which they ignore, and wait
+        # for ever. (torch's handler of SIGCHLD would raise for each of them.)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for loader in multiprocessing.active_children():
+            loader.kill()
     if dist.is_initialized():
         # All leave together: torchrun ends the others when one leaves with 130, and a process that leaves
         # right after its last average may crash, as gloo's threads still hold tensors of it.
