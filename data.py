@@ -11,29 +11,23 @@ and count what a training folder holds:
     python -c "import data; print(len(data.drop_gray_and_broken(data.list_pictures('examples'), 100)))"
 """
 import argparse
-import contextlib
 import difflib
 import errno
 import functools
-import http.client
-import itertools
 import math
 import os
+import shutil
 import socket
 import sys
-import tarfile
 import tempfile
-import uuid
 import warnings
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 # ---- color: sRGB <-> CIELAB -------------------------------------------------------------------------------
 # CIELAB describes a color by its lightness L in [0, 100] and two numbers: a (green to red) and b (blue to
@@ -184,9 +178,8 @@ MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; 
 MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
 
 # EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when another of its tags is broken.)
-Turn = Image.Transpose
-UPRIGHT = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-           6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this, and warns above it
 warnings.filterwarnings("ignore", module="PIL")    # of large pictures, and of every odd EXIF tag
@@ -231,8 +224,7 @@ def to_rgb(picture):
         top = 1 if picture.mode == "F" and x.max() <= 1 else top
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
@@ -286,20 +278,19 @@ def list_pictures(folder):
 
     Says on stderr how many pictures of formats that cannot be read were left out.
     """
-    found, seen, other = [], set(), Counter()  # seen: real folders; other: {ending: how many}
+    found, seen = [], set()  # seen: real folders
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:  # a link that leads back up would be followed for ever
             folders[:] = files = []
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        files = [Path(root, f) for f in files if not f.startswith(".")]
-        found += [f for f in files if f.suffix.lower() in EXTENSIONS]
-        other.update(f.suffix.lower() for f in files if f.suffix.lower() in CONVERT_FIRST)
+        found += [Path(root, f) for f in files if not f.startswith(".")]
+    endings = [f.suffix.lower() for f in found]
+    other = ", ".join(f"{endings.count(e)} {e}" for e in sorted(CONVERT_FIRST) if e in endings)
     if other:
-        counts = ", ".join(f"{n} {ending}" for ending, n in sorted(other.items()))
-        print(f"{printable(folder)}: left out {counts}; convert them to JPEG first", file=sys.stderr)
-    return sorted(found)
+        print(f"{printable(folder)}: left out {other}; convert them to JPEG first", file=sys.stderr)
+    return sorted(f for f in found if f.suffix.lower() in EXTENSIONS)
 
 
 def drop_gray_and_broken(paths, limit):
@@ -308,21 +299,17 @@ def drop_gray_and_broken(paths, limit):
     Gray photos in training teach one thing only, to answer gray; in validation they reward it. (About a
     millisecond a picture: a JPEG is decoded at an eighth of its size.)
     """
-    kept, gray, broken = [], 0, []
+    kept, gray, broken = [], [], []
     for path in paths:
         if len(kept) == limit:  # a small limit need not read the whole folder
             break
         try:
             chroma = mean_chroma(open_picture(path, at_least=32))
+            (gray if chroma < MIN_CHROMA else kept).append(path)
         except UserError as error:
             broken.append(str(error))
-            continue
-        if chroma < MIN_CHROMA:
-            gray += 1
-        else:
-            kept.append(path)
     if gray:
-        print(f"left out {gray} gray pictures (mean chroma below {MIN_CHROMA:g})", file=sys.stderr)
+        print(f"left out {len(gray)} gray pictures (mean chroma below {MIN_CHROMA:g})", file=sys.stderr)
     if broken:
         some = "\n  ".join(broken[:10] + [f"and {len(broken) - 10} more"] * (len(broken) > 10))
         print(f"left out {len(broken)} unreadable pictures:\n  {some}", file=sys.stderr)
@@ -358,7 +345,7 @@ def find_data(source, train_size, val_size, seed):
     return train, val
 
 
-class Photos(Dataset):
+class Photos(torch.utils.data.Dataset):
     """Training or validation crops. Items are asked for as (epoch, index).
 
     Everything random about an item is drawn from (seed, epoch, index) alone, so the number of workers and
@@ -390,8 +377,7 @@ class Photos(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index]) if self.train else None
-        picture = self.load(index)
-        photo = to_tensor(crop_square(picture, self.size, rng))                 # (3, S, S)
+        photo = to_tensor(crop_square(self.load(index), self.size, rng))        # (3, S, S)
         style, angle = photo, 0.
         if self.train:
             if self.style_from == "turned":
@@ -417,7 +403,7 @@ def batch_order(n, batch_size, seed, start, every=1):
     Pictures are counted over all epochs. They follow each other without a gap, so all batches are full, also
     for a set that is smaller than one batch.
     """
-    for first in itertools.count(start * batch_size, every * batch_size):
+    for first in range(start * batch_size, sys.maxsize, every * batch_size):
         yield [(i // n, int(shuffled(n, seed, i // n)[i % n])) for i in range(first, first + batch_size)]
 
 
@@ -440,11 +426,9 @@ def draw_scene(number, width=192, height=160):
     for shape in range(2, shapes):
         x, y, w, h = rng.random(4) * [width, height, width * .3, height * .3] + [0, 0, 8, 8]
         corners = [(x + w * rng.uniform(-1, 1), y + h * rng.uniform(-1, 1)) for _ in range(3)]
-        kind = rng.integers(3)
-        if kind == 0:
-            pen.polygon(corners, fill=shape)
-        else:
-            (pen.ellipse if kind == 1 else pen.rectangle)([x - w, y - h, x + w, y + h], fill=shape)
+        box = [x - w, y - h, x + w, y + h]
+        draw, place = [(pen.polygon, corners), (pen.ellipse, box), (pen.rectangle, box)][rng.integers(3)]
+        draw(place, fill=shape)
     labels = np.asarray(labels)                                                 # (H, W)
 
     # Then a lightness, with waves and a little noise, and a color for each shape.
@@ -471,8 +455,7 @@ def download(url, path, sha256, cure):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-        # No network; a wrong hash; a header that is no number; cut off in the middle.
+    except Exception as error:  # no network; a wrong hash; a header that is no number; cut off in the middle
         raise UserError(f"cannot download {url} ({first_line(error)}): {cure}") from None
 
 
@@ -489,14 +472,12 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     if not os.path.exists(archive):
         download(url, archive, sha256, "run again; --data DIR and --data synthetic work offline")
     # Unpacked beside it and then moved: a folder of that name is always complete.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")  # nothing can land, or link, outside of scratch
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            shutil.unpack_archive(archive, scratch, filter="data")  # nothing can land, or link, outside of it
             os.replace(Path(scratch, target.name), target)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            why = first_line(error)
-            raise UserError(f"cannot be unpacked ({why}); delete it and run again", archive) from None
+    except Exception as error:  # broken bytes make tarfile and zlib raise many kinds
+        raise UserError(f"cannot be unpacked ({first_line(error)}); delete it, run again", archive) from None
     return target
 
 
@@ -553,7 +534,7 @@ def save_atomically(path, write):
     takes the format from it. Raises UserError.
     """
     path = Path(path)
-    part = path.with_name(f".part-{uuid.uuid4().hex}{path.suffix}")
+    part = path.with_name(f".part-{os.urandom(8).hex()}{path.suffix}")
     try:
         os.makedirs(path.parent, exist_ok=True)
         write(part)
@@ -563,7 +544,7 @@ def save_atomically(path, write):
         cure = "free some space or choose another --output" if full else "choose another --output"
         raise UserError(f"cannot be written ({first_line(error)}); {cure}", path) from None
     finally:
-        with contextlib.suppress(OSError):  # gone already when all went well
+        if os.path.exists(part):  # when all went well it is gone already
             part.unlink()
 
 
@@ -573,10 +554,9 @@ def run_program(main):
     A UserError, a full disk, a full memory and Ctrl-C (130) are such; any other exception is a bug of ours,
     and its traceback is what somebody needs to mend it.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller, as `>&-` does
-            setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # for names that the terminal cannot print
+    # A stream that the caller has closed, as `>&-` does, is None. (stderr escapes odd characters by itself.)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot print
     code = None
     try:
         try:
