@@ -22,12 +22,9 @@ from data import (UserError, box_mean, download, load_torch_file, network_to_rgb
 # ---- LPIPS ------------------------------------------------------------------------------------------------
 # (channels, kernel, stride, padding) of each convolution, (kernel, stride) of each max-pooling. Layers keep
 # the numbers they have in torchvision's `features`, so that published weight files fit as they are.
-TRUNKS = {
-    "vgg": [(64, 3, 1, 1), (64, 3, 1, 1), (2, 2), (128, 3, 1, 1), (128, 3, 1, 1), (2, 2),
-            (256, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), (2, 2), (512, 3, 1, 1), (512, 3, 1, 1), (512, 3, 1, 1),
-            (2, 2), (512, 3, 1, 1), (512, 3, 1, 1), (512, 3, 1, 1)],
-    "alex": [(64, 11, 4, 2), (3, 2), (192, 5, 1, 2), (3, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
-}
+TRUNKS = {"vgg": [(64, 3, 1, 1)] * 2 + [(2, 2)] + [(128, 3, 1, 1)] * 2 + [(2, 2)] + [(256, 3, 1, 1)] * 3
+                 + [(2, 2)] + [(512, 3, 1, 1)] * 3 + [(2, 2)] + [(512, 3, 1, 1)] * 3,
+          "alex": [(64, 11, 4, 2), (3, 2), (192, 5, 1, 2), (3, 2), (384, 3, 1, 1)] + [(256, 3, 1, 1)] * 2}
 TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose output is compared
 URLS = {"vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
         "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # names hold 8 digits of SHA-256
@@ -74,9 +71,8 @@ def load_trunk(net, path=""):
         raise UserError("no such file for --lpips-weights", path)
     trunk = make_trunk(net)
     try:
-        state = load_torch_file(path)
-        state = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")}
-        trunk.load_state_dict(state)
+        trunk.load_state_dict({k.removeprefix("features."): v for k, v in load_torch_file(path).items()
+                               if not k.startswith("classifier.")})
     except Exception:  # not a torch file, not a dict, other keys or other shapes: one cure for all
         raise UserError(f"does not hold the {net} weights; fetch {URLS[net]}", path) from None
     return trunk
@@ -92,8 +88,7 @@ class LPIPS(nn.Module):
     def __init__(self, net, trunk):
         super().__init__()
         self.trunk, self.taps = trunk, TAPS[net]
-        linear = torch.load(LINEAR_WEIGHTS, map_location="cpu", weights_only=True)[net]
-        self.linear = nn.ParameterList(linear)                                  # 5 x (1, C, 1, 1), all >= 0
+        self.linear = nn.ParameterList(torch.load(LINEAR_WEIGHTS, weights_only=True)[net])  # 5 x (1, C, 1, 1), >= 0
         # The trunk was trained on normalized photos; these constants come with LPIPS and expect [-1, 1].
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188])[None, :, None, None])
         self.register_buffer("scale", torch.tensor([.458, .448, .450])[None, :, None, None])

@@ -82,10 +82,9 @@ def conv_block(channels_in, channels_out, convs, padding):
     convolutions keep their zeros.)
     """
     layers = []
-    for _ in range(convs):
-        layers += [nn.Conv2d(channels_in, channels_out, 3, padding=1, padding_mode=padding),
+    for channels in [channels_in] + [channels_out] * (convs - 1):
+        layers += [nn.Conv2d(channels, channels_out, 3, padding=1, padding_mode=padding),
                    nn.ReLU(inplace=True), nn.BatchNorm2d(channels_out)]
-        channels_in = channels_out
     return nn.Sequential(*layers)
 
 
@@ -97,11 +96,10 @@ class StyleEncoder(nn.Module):
     its batch. The widths are the authors'; they did not shrink with the U-Net's.
     """
 
-    def __init__(self, channels, latent, sigmoid=False):
+    def __init__(self, channels, latent):
         super().__init__()
         widths = [channels, 64, 128, 256, 512, latent]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in zip(widths, widths[1:]))
-        self.sigmoid = sigmoid
         for conv in self.convs:
             # torch's own weights make the signal 2.4 times smaller in each layer: codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -110,8 +108,7 @@ class StyleEncoder(nn.Module):
     def forward(self, x):
         for conv in self.convs[:-1]:
             x = F.relu(conv(x), inplace=True)                                   # (B, 512, H/16, W/16) at last
-        z = self.convs[-1](x).mean(dim=(2, 3))                                # (B, D), global average pooling
-        return torch.sigmoid(z) if self.sigmoid else z
+        return self.convs[-1](x).mean(dim=(2, 3))                             # (B, D), global average pooling
 
 
 # ---- the network ------------------------------------------------------------------------------------------
@@ -125,7 +122,6 @@ class Colorizer(nn.Module):
         w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
         up = [8 * w, 4 * w, 2 * w, w]                        # channels in which the four decoder stages begin
-        narrow = up[1:] + [w]                                                   # channels in which they end
 
         # Encoder. The two deepest stages, whose maps are small, have 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
@@ -136,11 +132,11 @@ class Colorizer(nn.Module):
         # weights, so it can leave a checkerboard; the paper has it, and infer.py filters it out.
         self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in up)
         self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in up)
-        self.decoder = nn.ModuleList(conv_block(i, o, 3, c.padding) for i, o in zip(up, narrow))
+        self.decoder = nn.ModuleList(conv_block(i, o, 3, c.padding) for i, o in zip(up, up[1:] + [w]))
         # AdaIN normalizes every channel anew, so a bias or a positive scale of BatchNorm right before it has no
         # effect. Both stay, because the paper has them.
         if c.use_style:
-            self.style_encoder = StyleEncoder(out_channels, c.latent, c.sigmoid)
+            self.style_encoder = StyleEncoder(out_channels, c.latent)
             self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in down + up)
         # Dropout is made here, so that train() and eval() switch it; made in forward() it would always be on.
         self.dropout = nn.Dropout(c.dropout)
@@ -155,7 +151,8 @@ class Colorizer(nn.Module):
 
         Codes are plain vectors: they may be stored, averaged and blended.
         """
-        return self.style_encoder(style)
+        z = self.style_encoder(style)
+        return z.sigmoid() if self.config.sigmoid else z
 
     def restyle(self, x, z, level):
         """AdaIN layer number `level`; the plain U-Net, which has none, passes the features on."""
@@ -169,15 +166,13 @@ class Colorizer(nn.Module):
         """
         # The last row and column are repeated up to a multiple of STRIDE, and cut off again at the end.
         H, W = gray.shape[2:]
-        if H % STRIDE or W % STRIDE:
-            gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
+        gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
 
         # Encoder: five stages, each at half the size of the one before.
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
-            if i:
-                x = F.max_pool2d(x, 2)                                          # (B, C, H/2, W/2)
-            x = self.dropout(self.restyle(block(x), z, i))
+            x = block(F.max_pool2d(x, 2) if i else x)                           # (B, C, H/2, W/2)
+            x = self.dropout(self.restyle(x, z, i))
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip
 
