@@ -166,7 +166,8 @@ class Colorizer(nn.Module):
         """
         # The last row and column are repeated up to a multiple of STRIDE, and cut off again at the end.
         H, W = gray.shape[2:]
-        gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
+        if H % STRIDE or W % STRIDE:
+            gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
 
         # Encoder: five stages, each at half the size of the one before.
         x, skips = gray, []
