@@ -61,8 +61,9 @@ TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING
                       ("LPIPS alone", "lpips-long", "val_transfer", "firebrick")],
             # "32 numbers are best".
             "latents": [(f"{n} numbers", run, "val_transfer", color) for n, run, color in (
-                (2, "latent2-long", "firebrick"), (16, "latent16-long", "mediumseagreen"),
-                (32, "latent32-long-seed1", "steelblue"), (128, "latent128-long", "darkorange"))]}
+                (2, "latent2-long", "firebrick"), (8, "latent8-long", "goldenrod"),
+                (16, "latent16-long", "mediumseagreen"), (32, "latent32-long-seed1", "steelblue"),
+                (64, "latent64-long", "mediumpurple"), (128, "latent128-long", "darkorange"))]}
 
 
 def grid(out, truth):
