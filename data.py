@@ -11,6 +11,7 @@ and count what a training folder holds:
     python -c "import data; print(len(data.drop_gray_and_broken(data.list_pictures('examples'), 100)))"
 """
 import argparse
+import contextlib
 import difflib
 import errno
 import functools
@@ -472,12 +473,13 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     if not os.path.exists(archive):
         download(url, archive, sha256, "run again; --data DIR and --data synthetic work offline")
     # Unpacked beside it and then moved: a folder of that name is always complete.
-    try:
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        try:
             shutil.unpack_archive(archive, scratch, filter="data")  # nothing can land, or link, outside of it
             os.replace(Path(scratch, target.name), target)
-    except Exception as error:  # broken bytes make tarfile and zlib raise many kinds
-        raise UserError(f"cannot be unpacked ({first_line(error)}); delete it, run again", archive) from None
+        except Exception as error:  # broken bytes make tarfile and zlib raise many kinds
+            why = first_line(error)
+            raise UserError(f"cannot be unpacked ({why}); delete it and run again", archive) from None
     return target
 
 
@@ -544,7 +546,7 @@ def save_atomically(path, write):
         cure = "free some space or choose another --output" if full else "choose another --output"
         raise UserError(f"cannot be written ({first_line(error)}); {cure}", path) from None
     finally:
-        if os.path.exists(part):  # when all went well it is gone already
+        with contextlib.suppress(OSError):  # gone already when all went well
             part.unlink()
 
 

@@ -369,13 +369,14 @@ def sheet(photos, styles, size, colorings):
     style, in their order. Returns a PIL picture.
     """
     squares = [crop_square(photo, size) for photo in photos]
-    rows = [[None, *styles]] + [[gray_version(square), *colorings(square)] for square in squares]
+    rows = [[None] + [style and crop_square(style, size) for style in styles]]
+    rows += [[gray_version(square), *colorings(square)] for square in squares]
     step = size + 4
     page = Image.new("RGB", (len(rows[0]) * step + 4, len(rows) * step + 4), "white")
     for y, row in enumerate(rows):
         for x, cell in enumerate(row):
             if cell:  # an empty one stays white
-                page.paste(crop_square(cell, size), (4 + x * step, 4 + y * step))
+                page.paste(cell, (4 + x * step, 4 + y * step))
     return page
 
 

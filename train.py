@@ -501,9 +501,10 @@ def sample(model, photos, s):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
 
     pictures = [photos.load(i) for i in range(min(8, len(photos)))]
-    styles = [None, *pictures[4:]] if s.use_style else [None]  # None: the photo is its own style
-    return sheet(pictures[:4], styles, s.size, lambda photo: (
-        colorize_photo(model, photo, code(style or photo), s.size) for style in styles))
+    styles = pictures[4:] if s.use_style else []
+    others = [code(style) for style in styles]
+    return sheet(pictures[:4], [None, *styles], s.size, lambda photo: (
+        colorize_photo(model, photo, z, s.size) for z in [code(photo), *others]))
 
 
 # ---- a run and its folder ---------------------------------------------------------------------------------
@@ -547,7 +548,8 @@ class Run:
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history = [*self.history, {"until step": self.step, "settings": before}]
         if dry_run:  # one step and one validation batch, in a folder of its own
-            self.s.steps, self.s.val_size, self.folder = 1, 16, self.folder / "dry-run"
+            self.s.steps, self.s.val_size = 1, min(self.s.val_size or 16, 16)
+            self.folder = self.folder / "dry-run"
         # The clock starts where the last session ended; and the log's next row is still empty.
         self.started = time.monotonic() - self.seconds
         self.recent, self.printed = [], (time.monotonic(), self.step)
@@ -559,10 +561,11 @@ class Run:
             before = asdict(Settings.from_file(saved["settings"]))
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
-            for row in self.rows:
-                assert row.keys() >= {"step", "pictures"} and all(map(math.isfinite, row.values()))
+            numbers = [self.step, self.seconds, *itertools.chain(*(row.values() for row in self.rows))]
+            assert all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+            assert all(row.keys() >= {"step", "pictures"} for row in self.rows)
             assert self.preset in PRESETS and type(self.best) is float and not math.isnan(self.best)
-            assert type(self.step) is int and 0 < self.step < 2 ** 31 and 0 <= self.seconds < math.inf
+            assert type(self.step) is int and 0 < self.step < 2 ** 31
             assert self.rows[-1]["pictures"] % self.step == 0
         except Exception as error:  # a file may hold anything
             why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
