@@ -135,16 +135,6 @@ def network_to_rgb(out, gray, space):
     return out if space == "rgb" else lab_to_rgb(network_to_lab(out, gray, space))
 
 
-def rotate_hue(rgb, angle):
-    """Turn the (a, b) plane of each picture by its angle (B,) in radians; L, and so the gray input, stays.
-
-    One gray photo then has many right answers. To know which one is meant, a network must look at the style.
-    """
-    L, a, b = rgb_to_lab(rgb).unbind(1)
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]           # (B, 1, 1)
-    return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
-
-
 def sliced_wasserstein(ab, other, n, offset=0.):
     """Sliced Wasserstein-1 distance of two palettes, (a, b) values (B, 2, H, W) twice -> (B,).
 
@@ -351,14 +341,13 @@ class Photos(torch.utils.data.Dataset):
 
     Everything random about an item is drawn from (seed, epoch, index) alone, so the number of workers and
     the moment of a restart change nothing.
-    Returns photo (3, S, S) uint8, style (3, S, S) uint8 and the hue angle, 0 for "as it is".
-    style_from: "same" - the style is the photo itself (the paper's implicit training); "turned" - the photo
-    turned by a random multiple of 90 degrees; "other" - a random picture (section 3.2).
+    Returns photo and style, (3, S, S) uint8 each. style_from: "same" - the style is the photo itself (the
+    paper's implicit training); "other" - in training it is a random picture (section 3.2).
     """
 
-    def __init__(self, pictures, size, seed, train, hue_rotation=0., style_from="same"):
+    def __init__(self, pictures, size, seed, train, style_from="same"):
         self.pictures, self.size, self.seed, self.train = pictures, size, seed, train
-        self.hue_rotation, self.style_from = hue_rotation, style_from
+        self.style_from = style_from
 
     def __len__(self):
         return len(self.pictures)
@@ -378,18 +367,10 @@ class Photos(torch.utils.data.Dataset):
     def __getitem__(self, key):
         epoch, index = key
         rng = np.random.default_rng([self.seed, epoch, index]) if self.train else None
-        photo = to_tensor(crop_square(self.load(index), self.size, rng))        # (3, S, S)
-        style, angle = photo, 0.
-        if self.train:
-            if self.style_from == "turned":
-                # Else the code could say what was above and what below, and the result would follow the
-                # style's layout instead of the photo's objects.
-                style = torch.rot90(photo, int(rng.integers(4)), dims=(1, 2))
-            elif self.style_from == "other":
-                style = to_tensor(crop_square(self.load(int(rng.integers(len(self)))), self.size, rng))
-            if rng.random() < self.hue_rotation:
-                angle = rng.uniform(-math.pi, math.pi)
-        return photo, style, torch.tensor(angle, dtype=torch.float32)
+        photo = style = to_tensor(crop_square(self.load(index), self.size, rng))        # (3, S, S)
+        if self.train and self.style_from == "other":
+            style = to_tensor(crop_square(self.load(int(rng.integers(len(self)))), self.size, rng))
+        return photo, style
 
 
 @functools.lru_cache(1)

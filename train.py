@@ -38,8 +38,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, network_to_lab, network_to_rgb,
-                  printable, resize_short_side, rgb_to_lab, rgb_to_network, rotate_hue, run_program,
-                  save_atomically, sliced_wasserstein)
+                  printable, resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
+                  sliced_wasserstein)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -64,17 +64,14 @@ class Settings(ModelConfig):
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
-    # accumulate. 64 is four times as fast as 128 and good for a first look. hue_rotation makes it harder to
-    # guess the colors without looking at the style, style_from to copy where they were in it.
+    # accumulate. 64 is four times as fast as 128 and good for a first look.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
     batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", low=1)
     accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", low=1)
     train_size: int = setting(50_000, "at most so many training pictures, 0: all")
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
     workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed")
-    hue_rotation: float = setting(0., "share of pictures whose colors are turned, style and all", high=1)
-    style_from: str = setting("same", "the style: the photo, the photo turned by quarters, or another photo",
-                              ("same", "turned", "other"))
+    style_from: str = setting("same", "the style in training: the photo itself, or another one", ("same", "other"))
     # The loss (losses.py). mse keeps the result near the photo, lpips makes it look right, palette makes it
     # as colorful as the photo, pair keeps one thing in one color. Mind their sizes: after some training of
     # `ours` mse is about .003, lpips .10, palette .025, pair .4.
@@ -194,15 +191,10 @@ class Recipe:
 
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
-        # Pictures travel as bytes, a quarter of the size of floats; the colors are turned on the device.
-        # non_blocking: the copy to a GPU goes on while it still computes the step before.
-        photo, style, angle = (t.to(self.device, non_blocking=True) for t in batch)
-
-        def colors(picture):  # photo and style turn together, the gray input stays
-            picture = picture.float() / 255                                     # (B, 3, S, S)
-            return rotate_hue(picture, angle) if self.s.hue_rotation else picture
-        rgb = colors(photo)
-        return gray_of(rgb), rgb, rgb if self.s.style_from == "same" else colors(style)
+        # Pictures travel as bytes, a quarter of the size of floats. non_blocking: the copy to a GPU goes on
+        # while it still computes the step before.
+        rgb, style = (t.to(self.device, non_blocking=True).float() / 255 for t in batch)    # (B, 3, S, S)
+        return gray_of(rgb), rgb, style
 
     def losses(self, model, batch, seed):
         """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}.
@@ -411,7 +403,7 @@ def train(preset, given, resume, dry_run):
         return 0
 
     # Endless training batches, every process taking its own.
-    photos = Photos(training, s.size, s.seed, True, s.hue_rotation, s.style_from)
+    photos = Photos(training, s.size, s.seed, True, s.style_from)
     order = batch_order(len(photos), s.batch_size, s.seed, start=run.step * run.passes + processes.rank,
                     every=processes.world)
 

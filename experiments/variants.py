@@ -7,24 +7,29 @@
              nearly the same numbers for all channels of a layer
     encoder  the style encoder starts with torch's default weights, as in the authors' program
     resize   up-sampling by nearest neighbor and a 3x3 convolution instead of a transposed convolution
+    hues     half of the training photos, style and all, have their hues turned by a random angle
 
 The arguments behind -- are those of train.py. The names go into variants.txt in the run's folder, because the
 checkpoint does not hold them: train.py and infer.py refuse one with relu or resize.
 """
 import contextlib
 import functools
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 import train  # noqa: E402
-from data import Parser, UserError, run_program, save_atomically  # noqa: E402
+from data import (Parser, Photos, UserError, lab_to_gamut, rgb_to_lab, run_program,  # noqa: E402
+                  save_atomically)
 from model import Colorizer  # noqa: E402
 
-NAMES, FILE = ("relu", "scales", "encoder", "resize"), "variants.txt"
+NAMES, FILE = ("relu", "scales", "encoder", "resize", "hues"), "variants.txt"
 
 
 class Variant(Colorizer):
@@ -32,7 +37,7 @@ class Variant(Colorizer):
 
     def __init__(self, config=None, names=()):
         super().__init__(config)
-        if not self.config.use_style and set(names) - {"resize"}:
+        if not self.config.use_style and set(names) - {"resize", "hues"}:
             raise UserError("relu, scales and encoder change the style branch, and this network has none")
         for layer in self.adain if "scales" in names else ():
             scale, shift = layer.affine.weight.data.chunk(2)                    # 2 x (C, D)
@@ -47,6 +52,28 @@ class Variant(Colorizer):
                 up.in_channels, up.out_channels, 3, padding=1)) for up in self.up)
 
 
+def rotate_hue(rgb, angle):
+    """Turn the (a, b) plane of pictures (B, 3, H, W) by an angle in radians; L, and so the gray input, stays."""
+    L, a, b = rgb_to_lab(rgb).unbind(1)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return lab_to_gamut(torch.stack([L, cos * a - sin * b, sin * a + cos * b], dim=1))
+
+
+class TurnedHues(Photos):
+    """Photos, every other one of them turned: one gray photo then has many right answers.
+
+    To know which one is meant, a network must look at the style.
+    """
+
+    def __getitem__(self, key):
+        pictures = super().__getitem__(key)  # photo and style, (3, S, S) uint8 each
+        rng = np.random.default_rng([self.seed, *key, 1])
+        if not self.train or rng.random() < .5:
+            return pictures
+        turned = rotate_hue(torch.stack(pictures) / 255, rng.uniform(-math.pi, math.pi))    # (2, 3, S, S)
+        return tuple((255 * turned).round().to(torch.uint8))
+
+
 def of_run(folder):
     """The names that a run's folder records."""
     path = Path(folder, FILE)
@@ -55,12 +82,14 @@ def of_run(folder):
 
 @contextlib.contextmanager
 def use(names):
-    """Inside `with use(names):` train.py and infer.py build the changed network."""
+    """Inside `with use(names):` train.py and infer.py build the changed network, and train.py takes the changed photos."""
     train.Colorizer = infer.Colorizer = functools.partial(Variant, names=names) if names else Colorizer
+    train.Photos = TurnedHues if "hues" in names else Photos
     try:
         yield
     finally:
         train.Colorizer = infer.Colorizer = Colorizer
+        train.Photos = Photos
 
 
 def main(argv=None):

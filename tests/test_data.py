@@ -150,26 +150,6 @@ def test_what_the_network_sees_can_be_had_back_as_rgb_and_as_lab(space, channels
     np.testing.assert_allclose(table(data.network_to_lab(seen, data.gray_of(x), space)), oracle.lab(GAMUT), atol=.02)
 
 
-@pytest.mark.parametrize("angle", [-2.5, .5, 1.7, math.pi])
-def test_rotate_hue_turns_the_color_and_keeps_the_gray(angle):
-    x = pixels(GAMUT)
-    turned = data.rotate_hue(x, torch.tensor([angle]))
-    np.testing.assert_allclose(oracle.lab(table(turned))[0], oracle.lab(GAMUT)[0], atol=.02)
-    np.testing.assert_allclose(table(data.gray_of(turned)), table(data.gray_of(x)), atol=1e-3)
-    soft = oracle.rgb(cube([40, 60, 75], [-8, 9], [-7, 10]))  # so little chroma that no angle leaves the gamut
-    result = table(data.rotate_hue(pixels(soft), torch.tensor([angle])))
-    before, after = ([1, 1j] @ oracle.lab(c)[1:] for c in (soft, result))
-    np.testing.assert_allclose(after / before, np.exp(1j * angle), atol=1e-3)
-
-
-def test_rotate_hue_takes_one_angle_per_picture_and_zero_changes_nothing():
-    x = pixels([[.8], [.5], [.5]]).repeat(2, 1, 1, 1)
-    still, turned = data.rotate_hue(x, torch.tensor([0, math.pi]))
-    np.testing.assert_allclose(still, x[0], atol=1e-4)
-    assert turned[0] < turned[2]  # red has become a blue green
-    np.testing.assert_allclose(table(data.rotate_hue(pixels(GAMUT), torch.zeros(1))), GAMUT, atol=1e-4)
-
-
 # ---- palettes ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n, turn", [(8, 0.), (8, .37), (32, 0.), (1, .5)])
@@ -390,23 +370,22 @@ def same(a, b):
 
 def test_a_training_item_depends_on_seed_epoch_and_index_alone():
     def photos(seed=3):
-        return Photos(list(range(5)), 24, seed, True, hue_rotation=.7, style_from="other")
+        return Photos(list(range(5)), 24, seed, True, style_from="other")
 
     keys = [(e, i) for e in range(2) for i in range(5)]
     first, other = photos(), photos()
     items = {key: first[key] for key in keys}
     assert all(same(items[key], other[key]) for key in reversed(keys))
     assert not same(items[0, 2], items[1, 2]) and not same(items[0, 2], photos(seed=4)[0, 2])
-    photo, style, angle = items[0, 0]
+    photo, style = items[0, 0]
     assert photo.shape == style.shape == (3, 24, 24) and photo.dtype == style.dtype == torch.uint8
-    assert angle.shape == () and angle.dtype == torch.float32
 
 
 def test_a_validation_item_is_the_center_square_in_every_epoch(tmp_path):
     data.draw_scene(0).save(tmp_path / "x.png")
-    photos = Photos([tmp_path / "x.png"], 24, 0, False, hue_rotation=1, style_from="other")
-    photo, style, angle = photos[0, 0]
-    assert len(photos) == 1 and same(photos[0, 0], photos[9, 0]) and torch.equal(photo, style) and angle == 0
+    photos = Photos([tmp_path / "x.png"], 24, 0, False, style_from="other")
+    photo, style = photos[0, 0]
+    assert len(photos) == 1 and same(photos[0, 0], photos[9, 0]) and torch.equal(photo, style)
     assert torch.equal(photo, data.to_tensor(data.crop_square(data.draw_scene(0), 24)))
 
 
@@ -417,38 +396,22 @@ def test_a_jpeg_that_is_decoded_smaller_loses_no_sharpness(tmp_path):
     assert difference.abs().mean() < 2  # of 255; decoded at 1/8 the mean is 8
 
 
-def test_style_is_the_photo_or_the_turned_photo_or_another_picture(tmp_path):
+def test_style_is_the_photo_or_another_picture(tmp_path):
     paths = []
-    for i, color in enumerate(colors(6)):  # a color for each picture, and a white edge to tell how it is turned
+    for i, color in enumerate(colors(6)):  # a color for each picture, and a white edge on one side
         picture = Image.new("RGB", (48, 32), color)
         picture.paste("white", (0, 0, 48, 8))
         picture.save(tmp_path / f"{i}.png")
         paths.append(tmp_path / f"{i}.png")
 
     def owners(style_from):  # of 40 items of picture 2: whose styles these are, how many are the photo itself
-        items = [Photos(paths, 16, 0, True, style_from=style_from)[epoch, 2][:2] for epoch in range(40)]
+        items = [Photos(paths, 16, 0, True, style_from=style_from)[epoch, 2] for epoch in range(40)]
         photos, styles = ({colors(6).index(tuple(x[:, 8, 8].tolist())) for x in xs} for xs in zip(*items))
         assert photos == {2}
-        # The white edge is cut off now and then; else it is on one side: 0 above, 1 left, 2 below, 3 right.
-        sides = {side for _, x in items for side, edge in enumerate([x[:, 0, 8], x[:, 8, 0], x[:, -1, 8], x[:, 8, -1]])
-                 if (edge == 255).all()}
-        return styles, sum(torch.equal(photo, style) for photo, style in items), sides
+        return styles, sum(torch.equal(photo, style) for photo, style in items)
 
-    assert owners("same") == ({2}, 40, {0})
-    who, identical, sides = owners("turned")
-    assert who == {2} and 2 <= identical <= 20 and sides == {0, 1, 2, 3}       # a quarter is turned by 0
+    assert owners("same") == ({2}, 40)
     assert owners("other")[0] == set(range(6))
-
-
-@pytest.mark.parametrize("share", [0., .5, 1.])
-def test_hue_rotation_is_the_share_of_items_that_get_an_angle(tmp_path, share):
-    photos = Photos([paint(tmp_path / "x.png")], 8, 0, True, hue_rotation=share)
-    angles = np.array([photos[epoch, 0][2].item() for epoch in range(400)])
-    turned = angles[angles != 0]
-    assert abs(len(turned) / 400 - share) <= 4 * math.sqrt(share * (1 - share) / 400)
-    if share:  # all round the circle: the mean of n unit vectors is about 1 / sqrt(n) long
-        assert abs(turned).max() <= math.pi and abs(np.exp(1j * turned).mean()) < 3 / math.sqrt(len(turned))
-        assert set(np.digitize(turned, [-math.pi / 2, 0, math.pi / 2])) == {0, 1, 2, 3}
 
 
 def some_photos(folder, n=4):
@@ -472,7 +435,7 @@ def test_a_vanished_picture_changes_no_other_item(tmp_path):
     paths = [tmp_path / f"{i}.png" for i in range(4)]
     for i, path in enumerate(paths):
         data.draw_scene(i, 24, 20).save(path)
-    photos = Photos(paths, 16, 1, True, hue_rotation=.5)
+    photos = Photos(paths, 16, 1, True)
     before = [photos[2, i] for i in range(4)]
     paths[1].unlink()
     after = [photos[2, i] for i in range(4)]
@@ -535,7 +498,7 @@ def test_several_processes_share_the_batches_of_one(processes):
 def test_the_number_of_workers_and_a_restart_change_nothing(tmp_path):
     for n in range(6):
         data.draw_scene(n, 24, 20).save(tmp_path / f"{n}.png")
-    photos = Photos(data.list_pictures(tmp_path), 16, 1, True, hue_rotation=.5, style_from="other")
+    photos = Photos(data.list_pictures(tmp_path), 16, 1, True, style_from="other")
 
     def take(workers, start, n):
         return list(islice(DataLoader(photos, batch_sampler=data.batch_order(6, 4, 1, start), num_workers=workers), n))
@@ -546,13 +509,13 @@ def test_the_number_of_workers_and_a_restart_change_nothing(tmp_path):
 
 
 def test_photos_can_be_pickled(tmp_path):
-    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="turned")
+    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="other")
     assert same(pickle.loads(pickle.dumps(photos))[1, 2], photos[1, 2])
 
 
 def test_a_spawned_worker_loads_the_same_items(tmp_path):
     """Windows and macOS start processes so: the data set travels pickled into a fresh interpreter."""
-    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="turned", hue_rotation=.5)
+    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="other")
 
     def first(**workers):
         return next(iter(DataLoader(photos, batch_sampler=data.batch_order(4, 4, 3, 0), **workers)))

@@ -9,9 +9,10 @@ from PIL import Image
 
 import experiments
 import infer
+import oracle
 import train
 import variants
-from data import UserError
+from data import Photos, UserError
 from model import Colorizer, ModelConfig
 
 TINY = ("--data synthetic --train-size 20 --val-size 4 --size 32 --width 4 --latent 8 --batch-size 4 --lpips 0 "
@@ -123,6 +124,54 @@ def test_the_authors_initial_weights(names, changed):
             assert abs(conv.weight.std() - limit / 3 ** .5) < .05 * limit
 
 
+@pytest.mark.parametrize("angle", [-2.5, .5, 1.7, np.pi])
+def test_rotate_hue_turns_the_color_and_keeps_the_lightness(angle):
+    def rotate(rgb):  # (3, N) numpy
+        return variants.rotate_hue(torch.tensor(rgb[None, :, :, None], dtype=torch.float32), angle)[0, :, :, 0].numpy()
+
+    gamut = np.stack(np.meshgrid(*[np.linspace(0, 1, 9)] * 3), 0).reshape(3, -1)
+    np.testing.assert_allclose(oracle.lab(rotate(gamut))[0], oracle.lab(gamut)[0], atol=.02)
+    # So little chroma that no angle leaves what a screen can show.
+    soft = oracle.rgb(np.stack(np.meshgrid([40., 60, 75], [-8., 9], [-7., 10]), 0).reshape(3, -1))
+    before, after = ([1, 1j] @ oracle.lab(c)[1:] for c in (soft, rotate(soft)))
+    np.testing.assert_allclose(after / before, np.exp(1j * angle), atol=1e-3)
+
+
+def test_half_of_the_training_photos_are_turned_with_their_styles(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(4):  # soft colors, all different
+        Image.fromarray(rng.integers(110, 150, (16, 16, 3)).astype(np.uint8)).resize((64, 64)).save(tmp_path / f"{i}.png")
+    paths = sorted(tmp_path.iterdir())
+    arguments = paths, 16, 0, True, "other"
+    plain, turned = Photos(*arguments), variants.TurnedHues(*arguments)
+    angles = []
+    for epoch in range(200):
+        before, after = (np.stack([oracle.lab(x.numpy().reshape(3, -1) / 255) for x in p[epoch, 1]]) for p in (plain, turned))
+        assert abs(before[:, 0] - after[:, 0]).max() < .6                               # L, but for the rounding to bytes
+        photo, style = (np.angle(([1, 1j] @ a[1:] * np.conj([1, 1j] @ b[1:])).sum()) for a, b in zip(after, before))
+        assert abs(np.angle(np.exp(1j * (photo - style)))) < .02                        # both by the same angle
+        angles.append(photo)
+    angles = np.array(angles)
+    angles = angles[abs(angles) > 1e-9]
+    assert abs(len(angles) / 200 - .5) < 4 * .5 / 200 ** .5
+    # All round the circle: the mean of n unit vectors is about 1 / sqrt(n) long.
+    assert abs(np.exp(1j * angles).mean()) < 3 / len(angles) ** .5
+    assert set(np.digitize(angles, [-np.pi / 2, 0, np.pi / 2])) == {0, 1, 2, 3}
+    assert all(torch.equal(a, b) for a, b in zip(turned[5, 1], turned[5, 1]))
+    validation = variants.TurnedHues(paths, 16, 0, False)
+    assert all(torch.equal(a, Photos(paths, 16, 0, False)[0, i][0]) for i in range(4) for a in validation[0, i])
+
+
+def test_hues_go_into_the_training_that_asks_for_them(tmp_path):
+    runs = {}
+    for names in ("hues", "encoder", "hues,encoder"):
+        variants.main([names, "--", *TINY, "--steps", "1", "--output", str(tmp_path / names)])
+        with open(tmp_path / names / "log.csv") as file:
+            runs[names] = list(csv.DictReader(file))[0]["train_loss"]
+    # The first answer is gray whatever the code is: so the loss of the first step tells which photos it saw.
+    assert runs["hues"] == runs["hues,encoder"] != runs["encoder"] and train.Photos is Photos
+
+
 def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "authors"
     options = [*TINY, "--output", str(run)]
@@ -149,7 +198,7 @@ def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monk
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         variants.main(["rely", "--", "--steps", "1"])
-    assert "relu, scales, encoder, resize" in capsys.readouterr().err
+    assert "relu, scales, encoder, resize, hues" in capsys.readouterr().err
     with pytest.raises(UserError, match="style branch"):
         variants.main(["relu", "--", *TINY, "--no-use-style", "--steps", "1", "--output", str(tmp_path / "run")])
     train.main([*TINY, "--steps", "1", "--output", str(tmp_path / "plain")])

@@ -176,8 +176,9 @@ def test_an_unknown_setting_of_a_file_is_refused_by_its_name(value):
         ModelConfig.from_file({"width": 8, "wavelets": value})
 
 
-def test_an_unknown_setting_that_is_off_is_passed_over():
-    assert ModelConfig.from_file({"width": 8, "wavelets": False}) == ModelConfig(width=8)
+@pytest.mark.parametrize("off", [False, 0.])
+def test_an_unknown_setting_that_is_off_is_passed_over(off):
+    assert ModelConfig.from_file({"width": 8, "wavelets": off}) == ModelConfig(width=8)
 
 
 @pytest.mark.parametrize("name", ["space", "padding", "width", "dropout", "use_style", "unknown"])

@@ -33,7 +33,7 @@ INSIDE = {  # what does the work on MPS where the CPU shows another name
     "aten::sort": ["sort.stable"],
 }
 TINY = ("--data synthetic --dry-run --workers 0 --device cpu --size 32 --batch-size 2 --width 4 --latent 8 "
-        "--train-size 4 --val-size 5 --hue-rotation 1 --clip 1 --weight-decay .01 --lpips-net alex").split()
+        "--train-size 4 --val-size 5 --clip 1 --weight-decay .01 --lpips-net alex").split()
 
 
 class Recorder(TorchDispatchMode):
@@ -120,7 +120,7 @@ def test_every_operator_of_training_has_an_mps_kernel(preset, table, random_alex
 def test_every_operator_of_the_preset_ours_and_of_all_switches_has_an_mps_kernel(table, random_alexnet, tmp_path, monkeypatch):
     """The pair loss and the palette loss come with the preset; the rest is what no preset uses."""
     recorder = record_training(random_alexnet, tmp_path, monkeypatch, "--preset", "ours", "--sigmoid", "--style-from", "other",
-                               "--dropout", ".2", "--hue-rotation", "1", "--accumulate", "2")
+                               "--dropout", ".2", "--accumulate", "2")
     assert recorder.names >= {"aten::sigmoid", "aten::sort", "aten::randint", "aten::exp", "aten::bernoulli_.float",
                               "aten::replication_pad2d", "aten::replication_pad2d_backward", "aten::avg_pool2d_backward"}
     assert missing(recorder.names, table) == [] and recorder.doubles == set()
