@@ -60,9 +60,9 @@ def rotate_hue(rgb, angle):
 
 
 class TurnedHues(Photos):
-    """Photos, every other one of them turned: one gray photo then has many right answers.
+    """Photos whose hues are turned, style and all, in a random half of the items.
 
-    To know which one is meant, a network must look at the style.
+    One gray photo then has many right answers. To know which one is meant, a network must look at the style.
     """
 
     def __getitem__(self, key):

@@ -397,12 +397,7 @@ def test_a_jpeg_that_is_decoded_smaller_loses_no_sharpness(tmp_path):
 
 
 def test_style_is_the_photo_or_another_picture(tmp_path):
-    paths = []
-    for i, color in enumerate(colors(6)):  # a color for each picture, and a white edge on one side
-        picture = Image.new("RGB", (48, 32), color)
-        picture.paste("white", (0, 0, 48, 8))
-        picture.save(tmp_path / f"{i}.png")
-        paths.append(tmp_path / f"{i}.png")
+    paths = some_photos(tmp_path, 6)
 
     def owners(style_from):  # of 40 items of picture 2: whose styles these are, how many are the photo itself
         items = [Photos(paths, 16, 0, True, style_from=style_from)[epoch, 2] for epoch in range(40)]

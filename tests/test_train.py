@@ -18,7 +18,7 @@ from PIL import Image
 import infer
 import oracle
 import train
-from data import Photos, UserError, draw_scene, gray_of, network_to_rgb, rgb_to_lab, rgb_to_network, to_tensor
+from data import Photos, UserError, draw_scene, gray_of, network_to_rgb, rgb_to_network, to_tensor
 from model import Colorizer, ModelConfig
 from test_infer import network, outcome
 
