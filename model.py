@@ -62,8 +62,8 @@ class ModelConfig:
         """Settings from a dictionary that a file held. Raises ValueError that names what is wrong with it.
 
         A setting that the file lacks is newer than the file and gets its default. One that this program does
-        not know is refused, unless it is False or 0.0: old files hold settings that are gone, and one that was
-        off changes nothing.
+        not know is refused, unless it is False or 0.0: old files hold settings that are gone, and one that
+        was off changes nothing.
         """
         known = {f.name for f in fields(cls)}
         for name, value in values.items():

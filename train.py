@@ -71,7 +71,7 @@ class Settings(ModelConfig):
     train_size: int = setting(50_000, "at most so many training pictures, 0: all")
     val_size: int = setting(500, "at most so many validation pictures, 0: all")
     workers: int = setting(2 if sys.platform == "linux" else 0, "processes that load pictures, for speed")
-    style_from: str = setting("same", "the style in training: the photo itself, or another one", ("same", "other"))
+    style_from: str = setting("same", "the style in training: the photo, or another one", ("same", "other"))
     # The loss (losses.py). mse keeps the result near the photo, lpips makes it look right, palette makes it
     # as colorful as the photo, pair keeps one thing in one color. Mind their sizes: after some training of
     # `ours` mse is about .003, lpips .10, palette .025, pair .4.
@@ -193,8 +193,9 @@ class Recipe:
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
         # Pictures travel as bytes, a quarter of the size of floats. non_blocking: the copy to a GPU goes on
         # while it still computes the step before.
-        rgb, style = (t.to(self.device, non_blocking=True).float() / 255 for t in batch)    # (B, 3, S, S)
-        return gray_of(rgb), rgb, style
+        photo, style = (t.to(self.device, non_blocking=True) for t in batch)    # (B, 3, S, S)
+        rgb = photo.float() / 255
+        return gray_of(rgb), rgb, rgb if self.s.style_from == "same" else style.float() / 255
 
     def losses(self, model, batch, seed):
         """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}.

@@ -37,7 +37,7 @@ class Variant(Colorizer):
 
     def __init__(self, config=None, names=()):
         super().__init__(config)
-        if not self.config.use_style and set(names) - {"resize", "hues"}:
+        if not self.config.use_style and set(names) & {"relu", "scales", "encoder"}:
             raise UserError("relu, scales and encoder change the style branch, and this network has none")
         for layer in self.adain if "scales" in names else ():
             scale, shift = layer.affine.weight.data.chunk(2)                    # 2 x (C, D)
