@@ -196,7 +196,7 @@ SIDE = 128    # short side at which pictures are refined: the constants below be
 ALIKE = 40., 40., 6., 2., 20., 20.
 EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
 SPREAD = 1e5  # the pull between neighbors on one surface; its root, 300 pixels, is how far colors run
-BLUR = 7.     # how blurred the plan is: a color becomes a mean of style colors about so far apart
+BLUR = 6.     # least blur of the plan; it grows with the distance of the style's colors (move)
 
 
 def average_alike(ab, L):
@@ -271,17 +271,17 @@ def palette(ab):
     return F.interpolate(ab, (24, 24))[0].flatten(1).T  # the nearest pixels: no colors are invented
 
 
-def transport(source, target, colors):
+def transport(source, target, colors, blur):
     """Optimal transport: where do colors (Q, 2) go when the palette source (N, 2) becomes target (N, 2)?
 
     A plan is a table P (N, N): P[i, j] says how much of color i becomes color j, and every row and column adds
     up to 1. The best plan has the smallest sum of P * distance^2: colors move as little as possible. But it
     can send two nearly equal colors far apart. So we take the blurred plan of Cuturi (2013), which is
-    P[i, j] = exp(f[i] + g[j] - cost[i, j]) with cost = distance^2 / (2 BLUR^2).
+    P[i, j] = exp(f[i] + g[j] - cost[i, j]) with cost = distance^2 / (2 blur^2).
     Returns (Q, 2): for each color the mean of all that it becomes.
     """
     def cost(x):
-        return torch.cdist(x, target).square() / (2 * BLUR ** 2)                # (rows of x, N)
+        return torch.cdist(x, target).square() / (2 * blur ** 2)                # (rows of x, N)
 
     # Sinkhorn's iterations. f makes every row add up to 1: exp(f[i]) is 1 / the sum of exp(g[j] - cost[i, j])
     # over j. g does so for the columns, which disturbs the rows a little less each time.
@@ -306,10 +306,15 @@ def move(ab, source, palettes):
     # The function becomes a table of 65x65 colors: each pixel on its own would take long in a large picture.
     line = torch.linspace(-128, 128, 65)
     colors = torch.cartesian_prod(line, line)                                   # (65 * 65, 2)
-    # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but nearer
-    # to the other colors around it. The difference of both ways is 0 where the two palettes agree.
-    stay = transport(source, source, colors)
-    shifts = sum(weight * (transport(source, target, colors) - stay) for weight, target in palettes)
+    shifts = torch.zeros_like(colors)
+    for weight, target in palettes:
+        # A color becomes a mean of style colors about `blur` apart: the deviation of all of them. With less,
+        # two parts of one thing easily get different ones of many strong colors.
+        blur = max(BLUR, target.std(0).norm().item())
+        # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but
+        # nearer to the other colors around it. The difference of both ways is 0 where the palettes agree.
+        to, stay = (transport(source, goal, colors, blur) for goal in (target, source))
+        shifts += weight * (to - stay)
     table = shifts.T.reshape(1, 2, 65, 65)                                      # (1, a or b, old a, old b)
     # grid_sample reads a table between its entries, at places (column, row) from -1 to 1.
     places = ab.flip(1).permute(0, 2, 3, 1) / 128                               # (1, h, w, 2)
