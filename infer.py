@@ -295,7 +295,7 @@ def transport(source, target, colors, blur):
 
 
 def move(ab, source, palettes):
-    """Move the colors of a small picture, a, b (1, 2, h, w), to the style's palette -> (1, 2, h, w).
+    """Move the colors of a small picture, a, b (1, 2, h, w), toward the style's palette -> (1, 2, h, w).
 
     A code of 32 numbers brings only a part of the style's colors to some photos. Here they are moved: for one
     photo and style, the new a, b of a pixel are a function of its old a, b and of nothing else. So what had
@@ -308,8 +308,8 @@ def move(ab, source, palettes):
     colors = torch.cartesian_prod(line, line)                                   # (65 * 65, 2)
     shifts = torch.zeros_like(colors)
     for weight, target in palettes:
-        # A color becomes a mean of style colors about `blur` apart: the deviation of all of them. With less,
-        # two parts of one thing easily get different ones of many strong colors.
+        # A color becomes a mean of style colors that lie about `blur` apart. It is their deviation: with less
+        # blur the palette is reached more exactly, but two parts of one thing easily get different colors.
         blur = max(BLUR, target.std(0).norm().item())
         # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but
         # nearer to the other colors around it. The difference of both ways is 0 where the palettes agree.
@@ -322,7 +322,7 @@ def move(ab, source, palettes):
 
 
 def refine(lab, palettes, amount=REFINE):
-    """The network's answer lab (1, 3, h, w) with smooth surfaces and the style's palette -> (1, 3, h, w).
+    """The network's answer lab (1, 3, h, w) with smooth surfaces, moved toward the style's palette -> the same.
 
     Average and smooth first, so that patches of a thing are not moved to different colors of the style; and
     smooth again, because moving pulls apart what is left of them. palettes: as move takes them; amount: 0
