@@ -322,7 +322,7 @@ def move(ab, source, palettes):
 
 
 def refine(lab, palettes, amount=REFINE):
-    """The network's answer lab (1, 3, h, w) with smooth surfaces, moved toward the style's palette -> the same.
+    """The network's answer lab (1, 3, h, w), smoother and moved toward the style's palette -> the same.
 
     Average and smooth first, so that patches of a thing are not moved to different colors of the style; and
     smooth again, because moving pulls apart what is left of them. palettes: as move takes them; amount: 0
