@@ -15,7 +15,7 @@ result is as large and as sharp as the photo, whatever its size.
     photo (H, W) and L, a, b --join--> picture (H, W)
 
 The sections follow this way: a checkpoint is read; encode and predict are the paper's method, join makes the
-large picture; refine, which is ours, gives one thing one color and brings the colors nearer to the style's;
+large picture; refine, which is ours, gives one thing one color and keeps the colors near the style's;
 then come drawings of several results, and last the command line, where `main` is the place to begin.
 """
 import itertools
