@@ -168,10 +168,6 @@ CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
 
-# EXIF's orientation -> how to turn. (ImageOps.exif_transpose gives up when another of its tags is broken.)
-UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
-
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this, and warns above it
 warnings.filterwarnings("ignore", module="PIL")    # of large pictures, and of every odd EXIF tag
 
@@ -189,17 +185,15 @@ def open_picture(path, at_least=None):
             if at_least:  # only JPEG can; the others ignore it
                 file.draft("RGB", (at_least, at_least))
             file.load()
-            try:
-                turn = UPRIGHT.get(file.getexif().get(274))
-            except Exception:  # broken EXIF is common, and no reason to refuse the pixels
-                turn = None
-            return to_rgb(file if turn is None else file.transpose(turn))
+            # Broken EXIF is common, and no reason to refuse the pixels. Pillow turns the picture before it
+            # looks at any other tag than the orientation: what fails after that is not needed.
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(file, in_place=True)
+            return to_rgb(file)
     except Exception as error:  # each of Pillow's decoders raises whatever it likes on broken bytes
         known = {Image.DecompressionBombError: f"more than {MAX_PIXELS // 10 ** 6} megapixels; make it smaller",
-                 Image.UnidentifiedImageError: "not a picture format that Pillow knows"}
+                 Image.UnidentifiedImageError: "not a picture that Pillow knows; convert it to JPEG first"}
         why = known.get(type(error)) or first_line(error)
-        if Path(path).suffix.lower() in CONVERT_FIRST:
-            why = "this format is not supported; convert it to JPEG first"
         if os.path.isfile(path) and not os.path.getsize(path):
             why = "the file is empty"
         raise UserError(f"cannot be read ({why})", path) from None
@@ -271,12 +265,10 @@ def list_pictures(folder):
     """
     found, seen = [], set()  # seen: real folders
     for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:  # a link that leads back up would be followed for ever
-            folders[:] = files = []
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(root, f) for f in files if not f.startswith(".")]
+        new = os.path.realpath(root) not in seen  # a link that leads back up would be followed for ever
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(f for f in folders if new and not f.startswith("."))
+        found += [Path(root, f) for f in files if new and not f.startswith(".")]
     endings = [f.suffix.lower() for f in found]
     other = ", ".join(f"{endings.count(e)} {e}" for e in sorted(CONVERT_FIRST) if e in endings)
     if other:
@@ -454,13 +446,12 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
     if not os.path.exists(archive):
         download(url, archive, sha256, "run again; --data DIR and --data synthetic work offline")
     # Unpacked beside it and then moved: a folder of that name is always complete.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
             shutil.unpack_archive(archive, scratch, filter="data")  # nothing can land, or link, outside of it
             os.replace(Path(scratch, target.name), target)
-        except Exception as error:  # broken bytes make tarfile and zlib raise many kinds
-            why = first_line(error)
-            raise UserError(f"cannot be unpacked ({why}); delete it and run again", archive) from None
+    except Exception as error:  # broken bytes make tarfile and zlib raise many kinds
+        raise UserError(f"unpacking failed ({first_line(error)}); delete it and run again", archive) from None
     return target
 
 
@@ -540,24 +531,23 @@ def run_program(main):
     # A stream that the caller has closed, as `>&-` does, is None. (stderr escapes odd characters by itself.)
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot print
-    code = None
     try:
-        try:
-            code = main()
-        except KeyboardInterrupt:
-            code = 130
-        except UserError as error:  # from a loading process it comes with a traceback before it
-            code = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
-        except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "memory" not in str(error):
-                raise
-            code = ("the memory is full: a smaller --size or picture needs less; in training, halve "
-                    "--batch-size and double --accumulate, add --amp, or take --lpips-net alex")
+        code = main()
         sys.stdout.flush()  # or a full disk behind `>` would be found only after the end
-    except OSError as error:
-        if error.filename is None:  # stdout is full, or its reader has left as `| head` does: no more of it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not code:  # what went wrong before is worth more
-            where = printable(error.filename or "output")
-            code = 1 if isinstance(error, BrokenPipeError) else f"{where}: {first_line(error)}"
+    except KeyboardInterrupt:
+        code = 130
+    except UserError as error:  # from a loading process it comes with a traceback before it
+        code = str(error).strip().splitlines()[-1].removeprefix("data.UserError: ")
+    except OSError as error:  # without a file it is stdout: full, or its reader has left as `| head` does
+        where = printable(error.filename or "output")
+        code = 1 if isinstance(error, BrokenPipeError) else f"{where}: {first_line(error)}"
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        code = ("the memory is full: a smaller --size or picture needs less; in training, halve --batch-size and "
+                "double --accumulate, add --amp, or take --lpips-net alex")
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody takes what is left: Python would try again, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(f"{Path(sys.argv[0]).name}: {code}" if isinstance(code, str) else code)

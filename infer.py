@@ -15,8 +15,8 @@ result is as large and as sharp as the photo, whatever its size.
     photo (H, W) and L, a, b --join--> picture (H, W)
 
 The sections follow this way: a checkpoint is read; encode and predict are the paper's method, join makes the
-large picture; refine, which is ours, gives one thing one color and keeps the colors near the style's;
-then come drawings of several results, and last the command line, where `main` is the place to begin.
+large picture; refine, which is ours, makes surfaces steadier, and wins back some of the colors that this
+costs; then come drawings of several results, and last the command line, where `main` is the place to begin.
 """
 import itertools
 import math
@@ -43,8 +43,7 @@ from torch.nn import functional as F
 from model import Colorizer, ModelConfig
 
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
-WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED, PAPER = WEIGHTS / "colorizer.pt", WEIGHTS / "paper.pt"
+SHIPPED, PAPER = (Path(__file__).parent / "weights" / name for name in ("colorizer.pt", "paper.pt"))
 TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 # The longest side that each format can store; the others have no limit that a picture of ours could reach.
 MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}
@@ -81,9 +80,8 @@ def load_checkpoint(path):
     # Of a format that we know?
     if type(version) is not int or version not in (1, FORMAT):
         raise UserError(f"is not of checkpoint format {FORMAT}; update the program", path)
-    if version == 1:
-        renamed = {"color": "space", "style": "use_style"}
-        config = {renamed.get(name, name): value for name, value in config.items()}
+    renamed = {"color": "space", "style": "use_style"}  # in format 1
+    config = {renamed.get(name, name): value for name, value in config.items()}
     # Does it describe a network, and are its weights those of that network?
     try:
         config = ModelConfig.from_file(config)
@@ -187,7 +185,7 @@ def join(photo, lab):
     return result
 
 
-# ---- not in the paper: surfaces get smoother, and the colors move to the style's palette ------------------
+# ---- not in the paper: one thing gets one color; this costs colors, and a part of them is won back ---------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
 SIDE = 128    # short side at which pictures are refined: the constants below belong to it, and it is fast
@@ -196,7 +194,8 @@ SIDE = 128    # short side at which pictures are refined: the constants below be
 ALIKE = 40., 40., 6., 2., 20., 20.
 EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
 SPREAD = 1e5  # the pull between neighbors on one surface; its root, 300 pixels, is how far colors run
-BLUR = 6.     # least blur of the plan; it grows with the distance of the style's colors (move)
+BLUR = .7     # blur in move (see transport), as a share of the deviation of the style's colors
+BOOST = 1.5   # how much the colors are strengthened at most, if they have become paler than the style's
 
 
 def average_alike(ab, L):
@@ -305,24 +304,28 @@ def move(ab, source, palettes):
     """
     # The function becomes a table of 65x65 colors: each pixel on its own would take long in a large picture.
     line = torch.linspace(-128, 128, 65)
-    colors = torch.cartesian_prod(line, line)                                   # (65 * 65, 2)
+    colors = torch.cat([torch.cartesian_prod(line, line), source])              # (65 * 65 + 576, 2)
     shifts = torch.zeros_like(colors)
     for weight, target in palettes:
-        # A color becomes a mean of style colors that lie about `blur` apart. It is their deviation: with less
-        # blur the palette is reached more exactly, but two parts of one thing easily get different colors.
-        blur = max(BLUR, target.std(0).norm().item())
+        # A color becomes a mean of style colors that lie about `blur` apart: more of it for a style of many
+        # strong colors. With less blur the palette is reached more exactly, but two parts of one thing easily
+        # get different colors; with more the result is paler.
+        blur = max(6., BLUR * target.std(0).norm().item())
         # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but
         # nearer to the other colors around it. The difference of both ways is 0 where the palettes agree.
         to, stay = (transport(source, goal, colors, blur) for goal in (target, source))
-        shifts += weight * (to - stay)
-    table = shifts.T.reshape(1, 2, 65, 65)                                      # (1, a or b, old a, old b)
+        moved = colors + to - stay
+        # Smoothing and means make colors paler. One factor for all gives back the mean chroma of the style.
+        wanted, found = (x.norm(dim=1).mean() for x in (target, moved[-len(source):]))
+        shifts += weight * (moved * (wanted / found.clamp(min=.1)).clamp(1, BOOST) - colors)
+    table = shifts[:65 * 65].T.reshape(1, 2, 65, 65)                            # (1, a or b, old a, old b)
     # grid_sample reads a table between its entries, at places (column, row) from -1 to 1.
     places = ab.flip(1).permute(0, 2, 3, 1) / 128                               # (1, h, w, 2)
     return ab + F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
 
 
 def refine(lab, palettes, amount=REFINE):
-    """The network's answer lab (1, 3, h, w), smoother and moved toward the style's palette -> the same.
+    """The network's answer lab (1, 3, h, w) with steadier surfaces -> the same.
 
     Average and smooth first, so that patches of a thing are not moved to different colors of the style; and
     smooth again, because moving pulls apart what is left of them. palettes: as move takes them; amount: 0
@@ -455,13 +458,10 @@ def parse(argv):
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
-    add("--grid", action="store_true", help="one sheet of centre squares, as in figure 8: a row a photo (gray, "
-                                            "in its own colors if it has any), then a column a style")
-    add("--blend", type=numbers, metavar="W1,W2,...", help="mix all styles into one, a weight each "
-                                                                  "(=-1,2 if it begins with a minus)")
+    add("--grid", action="store_true", help="one sheet, as in figure 8: a row a photo, then a column a style")
+    add("--blend", type=numbers, metavar="W,W", help="mix all styles, a weight each (=-1,2 if the first has a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
-    add("--refine", type=float, default=REFINE, metavar="AMOUNT",
-        help="smooth surfaces, the style's palette: 0 not at all, 1 the whole way (default: %(default)s)")
+    add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 the whole way (default)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [
@@ -493,8 +493,7 @@ class Files:
         self.output, self.wanted, self.taken, self.failures = Path(output), wanted, set(), 0
         self.inputs, self.started = {os.path.realpath(path) for path in inputs}, time.monotonic()
         # A name with an ending is a file, unless it is a folder already.
-        is_folder = os.path.isdir(output) or str(output).endswith("/")
-        self.is_file = self.output.suffix != "" and not is_folder
+        self.is_file = self.output.suffix != "" and not (os.path.isdir(output) or str(output).endswith("/"))
         if self.is_file and wanted > 1:
             raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
         if self.is_file and os.path.realpath(output) in self.inputs:

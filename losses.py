@@ -4,7 +4,8 @@
                  + palette * sliced Wasserstein         (ours, optional)
 
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", computes
-features of both pictures, and LPIPS is the distance of these features. Pictures are RGB in [0, 1] unless a
+features of both pictures, and LPIPS is the distance of these features, with a learned weight for each of
+their channels. Pictures are RGB in [0, 1] unless a
 docstring says otherwise.
 
     python -c "import torch, losses; x = torch.rand(4, 3, 64, 64); print(losses.psnr(x, x / 2))"
@@ -28,7 +29,7 @@ TRUNKS = {"vgg": [(64, 3, 1, 1)] * 2 + [(2, 2)] + [(128, 3, 1, 1)] * 2 + [(2, 2)
 TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose output is compared
 URLS = {"vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
         "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # names hold 8 digits of SHA-256
-FEATURES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # the convolutions alone
+FEATURE_FILES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # the convolutions alone
 LINEAR_WEIGHTS = Path(__file__).parent / "weights" / "lpips_linear.pt"
 
 
@@ -51,7 +52,7 @@ def trunk_file(net):
     """
     name, cache = URLS[net].rsplit("/", 1)[-1], Path(torch.hub.get_dir(), "checkpoints")
     for folder in (os.environ.get("COLORIZER_WEIGHTS"), cache):
-        for candidate in (name, FEATURES[net]):
+        for candidate in (name, FEATURE_FILES[net]):
             if folder and os.path.isfile(Path(folder, candidate)):
                 return Path(folder, candidate)
     download(URLS[net], cache / name, name.split("-")[-1][:8],
@@ -140,7 +141,8 @@ def palette_loss(out, rgb, space, offset=0.):
     """Distance between the palettes of the network's answer and of a picture; not in the paper.
 
     MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
-    is taken along 8 directions; offset, in [0, 1], rotates them by that part of their spacing. A quarter of
+    is taken along 8 directions; offset, in [0, 1], rotates them by that part of their spacing: training draws
+    it anew for each batch, so that in time all directions count. A quarter of
     the pixels is enough: every second row and column of the picture, and for the output the means of 2x2
     pixels, so that the network gains nothing by mixing colors in a checkerboard.
     """
@@ -151,7 +153,7 @@ def palette_loss(out, rgb, space, offset=0.):
 
 
 def pair_loss(ab, lab, pixels=384):
-    """One thing keeps one color: distance of pixels that should agree over distance of those that should not.
+    """One thing keeps one color: distance of pixels that should agree / distance of those that should not.
 
     ab: the output's a, b (B, 2, H, W) under any style; lab: the photo's true L, a, b (B, 3, H, W); both in
     the units of LAB. No truth exists for a foreign style, but what had one color in the photo should have one
@@ -168,13 +170,14 @@ def pair_loss(ab, lab, pixels=384):
         return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()  # (B, N, N)
 
     # Every pair gets two weights. same: near 1 if the true colors agree, falling off at a distance of about
-    # 5. apart: the same for the lightness alone, at 4, and only if a, b differ by more than 12.
+    # 5. apart: near 1 if the lightness agrees, falling off at about 4, and a, b differ by more than 12.
     true = box_mean(lab, 1)  # 3x3 means, against noise
     same = torch.exp(-(distances(true) / 5).square())                          # (B, N, N), 1 = the same color
     apart = torch.exp(-(distances(true[:, :1]) / 4).square()) * (distances(true[:, 1:]) > 12)
     d = distances(ab)
     within, between = ((w * d).sum((1, 2)) / (w.sum((1, 2)) + 1e-6) for w in (same, apart))  # (B,), (B,)
-    # The 1 keeps the quotient small where both are near 0. Above 2 it is clamped: no gradient from there.
+    # The 1 keeps the quotient small where both are near 0. Above 2 it is clamped, so that no single photo
+    # decides the step: a constant has no gradient.
     ratio = within / (between + 1)
     enough = (apart.mean((1, 2)) > .002).float()                                # (B,), mean over all pairs
     return (ratio.clamp(max=2) * enough).sum() / enough.sum().clamp(min=1)
@@ -185,7 +188,7 @@ def style_loss(model, gray, z, out):
 
     As in the paper, the result's code is taken without gradient. So only the style encoder can lower this
     loss, and nothing fixes the scale of its codes: with foreign styles they shrink to zero, with the photo's
-    own they explode (experiments/README.md). Returns a number.
+    own they explode (experiments/README.md). Returns a scalar tensor.
     """
     space = model.config.space
     with torch.no_grad():

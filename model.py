@@ -35,9 +35,9 @@ def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
 class ModelConfig:
     """All that is needed to build the network again; every checkpoint holds it as a plain dictionary."""
     space: str = setting("rgb", "what the network makes: rgb, or a and b for the photo's L", ("rgb", "lab"))
-    width: int = setting(16, "channels of the first stage; 64 before the paper's \"scarcity\"", (), 1, 256)
-    latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", (), 1, 4096)
-    dropout: float = setting(.2, "share of features set to 0 after every block, in training only", (), 0, .95)
+    width: int = setting(16, "channels of the first stage; 64 before \"scarcity\"", low=1, high=256)
+    latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", low=1, high=4096)
+    dropout: float = setting(.2, "share of features set to 0 after every block, in training only", high=.95)
     use_style: bool = setting(True, "style encoder and AdaIN; without them it is the plain U-Net of table 1")
     sigmoid: bool = setting(False, "squash the style code into (0, 1), as tried in section 3.2")
     padding: str = setting("zeros", "what 3x3 convolutions of the U-Net see beyond a border", ("zeros", "replicate"))
@@ -91,9 +91,9 @@ def conv_block(channels_in, channels_out, convs, padding):
 class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then the mean over the picture: a picture becomes one short code.
 
-    style: (B, C, H, W) of any size -> z: (B, D). No ReLU follows the last convolution, so a code may be
-    negative and no number of it can stay 0 for ever; no BatchNorm, so a code does not depend on the rest of
-    its batch. The widths are the authors'; they did not shrink with the U-Net's.
+    style: (B, C, H, W) of any size -> z: (B, D). No ReLU follows the last convolution: with one, a number of
+    the code could become 0 for every picture, and never learn again. No BatchNorm, so a code does not depend
+    on the rest of its batch. The widths are the authors'; they did not shrink with the U-Net's.
     """
 
     def __init__(self, channels, latent):
@@ -101,7 +101,8 @@ class StyleEncoder(nn.Module):
         widths = [channels, 64, 128, 256, 512, latent]
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, padding=1) for i, o in zip(widths, widths[1:]))
         for conv in self.convs:
-            # torch's own weights make the signal 2.4 times smaller in each layer: codes would start alike.
+            # torch's own weights make the signal 2.4 times smaller in each layer. After five of them hardly
+            # anything is left, and all codes would start alike.
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 
@@ -121,7 +122,7 @@ class Colorizer(nn.Module):
         self.config = c = config or ModelConfig()
         w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
-        up = [8 * w, 4 * w, 2 * w, w]                        # channels in which the four decoder stages begin
+        up = [8 * w, 4 * w, 2 * w, w]                        # channels that the four decoder stages receive
 
         # Encoder. The two deepest stages, whose maps are small, have 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
@@ -154,9 +155,9 @@ class Colorizer(nn.Module):
         z = self.style_encoder(style)
         return z.sigmoid() if self.config.sigmoid else z
 
-    def restyle(self, x, z, level):
-        """AdaIN layer number `level`; the plain U-Net, which has none, passes the features on."""
-        return self.adain[level](x, z) if self.config.use_style else x
+    def restyle(self, x, z, layer):
+        """AdaIN layer 0 to 8, five in the encoder and four in the decoder; the plain U-Net has none of them."""
+        return self.adain[layer](x, z) if self.config.use_style else x
 
     def colorize(self, gray, z=None):
         """Color gray pictures with style codes.

@@ -3,7 +3,8 @@
     python train.py                                     the final model of the paper, on Imagenette
     python train.py --device mps                        on an Apple chip
     python train.py --data DIR --lpips-net alex         your own photos, the cheap perceptual loss
-    python train.py --data synthetic --minutes 5 --size 64 --lpips 0 --output runs/drawn     no download
+    python train.py --data synthetic --minutes 5 --size 64 --lpips 0 --space lab --lr 1e-3 --output runs/drawn
+                                                        drawn scenes, no download
     python train.py --output runs/final --resume        go on after an interruption
     torchrun --standalone --nproc_per_node=2 train.py   on two GPUs; --batch-size counts for each of them
 
@@ -18,7 +19,6 @@ epoch, picture): so a resumed run needs no saved random state, and goes on exact
 """
 import csv
 import io
-import itertools
 import math
 import multiprocessing
 import os
@@ -28,7 +28,6 @@ import time
 import warnings
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 
 # infer comes first: it says which package is missing.
@@ -64,7 +63,7 @@ class Settings(ModelConfig):
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
     minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
-    # accumulate. 64 is four times as fast as 128 and good for a first look.
+    # accumulate. --size 64 is four times as fast as 128 and good for a first look.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
     batch_size: int = setting(16, "pictures a forward pass; halve it when memory runs out", low=1)
     accumulate: int = setting(1, "forward passes a step: 8 x accumulate 2 learns about as batch 16", low=1)
@@ -74,15 +73,15 @@ class Settings(ModelConfig):
     style_from: str = setting("same", "the style in training: the photo, or another one", ("same", "other"))
     # The loss (losses.py). mse keeps the result near the photo, lpips makes it look right, palette makes it
     # as colorful as the photo, pair keeps one thing in one color. Mind their sizes: after some training of
-    # `ours` mse is about .003, lpips .10, palette .025, pair .4.
+    # `ours` mse is about .002, lpips .08, palette .016, pair .4. style_loss is combined: added to the others,
+    # or dual: with an optimizer of its own.
     mse: float = setting(1., "weight of the mean squared error")
     lpips: float = setting(1., "weight of LPIPS, 0: not even loaded")
     lpips_net: str = setting("vgg", "trunk of LPIPS; alex is cheaper and the authors'", ("vgg", "alex"))
     lpips_weights: str = setting("", "file with the trunk's weights; else looked for, else downloaded")
     palette: float = setting(0., "weight of the distance between the palettes of output and photo")
     pair: float = setting(0., "weight of the loss that keeps one thing in one color")
-    style_loss: str = setting("none", "section 3.2: a loss on the codes, added or with its own optimizer",
-                              ("none", "combined", "dual"))
+    style_loss: str = setting("none", "section 3.2: a loss on the codes", ("none", "combined", "dual"))
     alpha: float = setting(.5, "combined: alpha * color loss + (1 - alpha) * style loss", high=1)
     # The optimizer, Adam. If the loss jumps or becomes nan: a smaller lr, a warmup, or clip 1. 1e-4 is the
     # authors' for their long run; a short one learns more with 1e-3 and the cosine schedule.
@@ -91,14 +90,14 @@ class Settings(ModelConfig):
     warmup: int = setting(0, "steps over which the learning rate rises to --lr; at most a tenth of the run")
     schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
-    val_every: int = setting(500, "steps between validations; with --minutes at least about ten a run", low=1)
+    val_every: int = setting(500, "steps between validations; with --minutes about ten a run, if they are quick", low=1)
     init: str = setting("", "checkpoint whose weights to start from, with a new optimizer: fine-tuning")
     amp: bool = setting(False, "compute in bfloat16 where it does no harm: faster on recent GPUs and CPUs")
 
     def check(self):
         """Raise ValueError, naming the setting, for values that cannot be used; returns self."""
         super().check()
-        # The first word is the name of a setting; parse() makes an option of it.
+        # The first word is the name of a setting; parse() makes an option of it, with - in place of _.
         for wrong, text in [
                 (self.size % 16, "size must be a multiple of 16"),
                 (self.mse + self.lpips + self.palette == 0, "lpips must not be 0 when mse and palette are"),
@@ -112,7 +111,7 @@ class Settings(ModelConfig):
 
 # A preset is a few defaults changed; `--preset lab --latent 64` changes one more. Each but the last belongs
 # to a place in the paper; experiments/README.md says what came out. The paper's story: a U-Net alone
-# overfits; with AdaIN it ignores the style; two losses on the codes do not help; a small U-Net follows it.
+# overfits; with AdaIN it ignores the style; a loss on the codes does not help; a small U-Net follows it.
 UNREDUCED = dict(width=64, latent=128, dropout=0.)  # the network before section 3.3 made it scarce
 PRESETS = {
     # Table 3, the default: a U-Net so small, says the paper, that it has to look at the style.
@@ -162,8 +161,7 @@ def parse(argv):
     try:
         Settings(**{**PRESETS[preset or "final"], **given}).check()
     except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        parser.error(f"--{name.replace('_', '-')} {rest}")
+        parser.error("--" + str(error).replace("_", "-"))
     return preset, given, resume, dry_run
 
 
@@ -175,7 +173,7 @@ def means(rows):
 
 
 class Recipe:
-    """The settings and the frozen networks that turn a batch into losses, in training and in validation."""
+    """The settings and the frozen network (LPIPS) that turn a batch into losses, in training and in validation."""
 
     def __init__(self, s, device):
         self.s, self.device = s, device
@@ -198,7 +196,7 @@ class Recipe:
         return gray_of(rgb), rgb, rgb if self.s.style_from == "same" else style.float() / 255
 
     def losses(self, model, batch, seed):
-        """One forward pass -> {"train_loss": what the optimizer minimizes, and others for the log}.
+        """The losses of a batch: {"train_loss": what the optimizer minimizes, and others for the log}.
 
         (The log's val_loss is the color loss alone: with pair or a style loss it does not compare with this.)
 
@@ -232,9 +230,9 @@ class Recipe:
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
         if s.style_loss != "none":
-            codes = style_loss(model, gray, z, out)
-            total = s.alpha * color + (1 - s.alpha) * codes if s.style_loss == "combined" else color
-            losses = {"train_loss": total, "color_loss": color, "style_loss": codes}
+            code = style_loss(model, gray, z, out)
+            total = s.alpha * color + (1 - s.alpha) * code if s.style_loss == "combined" else color
+            losses = {"train_loss": total, "color_loss": color, "style_loss": code}
         return losses
 
 
@@ -337,9 +335,9 @@ def as_option(name, value):
 
 
 def build(run, device):
-    """The network and its optimizers, as a new run has them or as last.pt left them. Raises UserError.
+    """The network, its weights new or from a checkpoint, and its optimizers, new. Raises UserError.
 
-    --init takes the weights of a checkpoint and nothing else of it; --resume takes all.
+    --init takes the weights of a checkpoint and nothing else of it; for --resume, Run.restore takes the rest.
     """
     s, saved = run.s, run.saved
     torch.manual_seed(s.seed)  # seeds the initial weights
@@ -357,18 +355,6 @@ def build(run, device):
     # Section 3.2, solution 2: the second optimizer is for the style loss, with a tenth of the learning rate.
     optimizers = [torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
                   for _ in range(2 if s.style_loss == "dual" else 1)]
-    if saved:
-        try:
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                # Only Adam's averages are taken from the file; rates and the like are those of the settings.
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
-                for p, of_p in optimizer.state.items():
-                    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                    assert {k: v.shape for k, v in of_p.items()} == shapes
-                    assert all(v.layout == torch.strided and v.isfinite().all() for v in of_p.values())
-        except Exception:  # a file may hold anything
-            raise UserError("its optimizer is damaged; use its weights with --init and another --output",
-                            run.folder / "last.pt") from None
     return model.train(), optimizers
 
 
@@ -384,16 +370,18 @@ def train(preset, given, resume, dry_run):
     if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
     processes = Processes(device)
+    model, optimizers = build(run, device)
+    if run.saved:
+        run.restore(preset, optimizers)
 
-    # Data and networks. The first process goes first and downloads what is missing; the others wait here,
-    # until it has come to its own wait(), and find everything ready.
+    # Data, and the trunk of LPIPS. The first process goes first and downloads what is missing; the others
+    # wait here, until it has come to its own barrier(), and find everything ready.
     if processes.rank:
-        processes.wait()
+        dist.barrier()
     training, validation = find_data(s.data, s.train_size, s.val_size, s.seed)
     recipe = Recipe(s, device)
-    if not processes.rank:
-        processes.wait()
-    model, optimizers = build(run, device)
+    if processes.world > 1 and not processes.rank:
+        dist.barrier()
 
     run.plan(len(training), s.accumulate * processes.world)
     print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training"
@@ -428,7 +416,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
     stop: a list that a signal makes non-empty. Returns the exit code.
     """
     s, passes = run.s, run.passes
-    tenth = 6 * s.minutes or math.inf  # seconds: a run of --minutes is validated about ten times
+    tenth = 60 * s.minutes / 10 or math.inf  # seconds: a run of --minutes is validated about ten times
     next_validation = run.seconds + tenth
     while (progress := run.progress()) < 1:
         # Load.
@@ -455,6 +443,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
             # The next one comes after a tenth of the run or five times what this one took, whichever is more.
             *_, now = processes.agree({}, stop, run.clock())
             next_validation = now + max(tenth, 5 * (now - run.seconds))
+            run.seconds = now
         if stopping:
             print(f"stopped at step {run.step}; --output {printable(run.folder)} --resume goes on from here")
             return 130
@@ -521,51 +510,56 @@ class Run:
         # preset and given: as parse() found them on the command line.
         self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
-        self.rows, self.history, self.saved, before = [], [], None, {}
+        self.rows, self.history, self.saved = [], [], None
         # Any of these files is a run, also when last.pt was lost: to start anew here would overwrite best.pt.
         if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
             if not resume:
                 raise UserError("already holds a run: add --resume, or choose another --output", self.folder)
-            before = self.restore(self.folder / "last.pt", preset)
+            self.saved = load_checkpoint(self.folder / "last.pt")
         elif resume:
             print(f"{printable(self.folder)}: nothing to resume here; a new run begins", file=sys.stderr)
-        # Later ones win: the defaults, the preset, what the run was started with, the command line. So
+        # Later ones win: the defaults, the preset or what the run was started with, the command line. So
         # --resume needs no options, and those that are typed change the run from here on.
         try:
-            self.s = Settings(**{**PRESETS[self.preset], **before, **given}).check()
-        except ValueError as error:  # the given ones alone were fine, but not together with those of the run
-            raise UserError(f"cannot go on with these options: {error}", self.folder) from None
-        changes = [f"{k} {v!r:.200} -> {getattr(self.s, k)!r:.200}" for k, v in before.items()
-                   if v != getattr(self.s, k) and k != "output"]
-        if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
-            print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
-            self.history = [*self.history, {"until step": self.step, "settings": before}]
+            before = vars(Settings.from_file(self.saved["settings"])) if self.saved else PRESETS[self.preset]
+            self.s = Settings(**{**before, **given}).check()
+        except ValueError as error:  # in the file; or the given ones do not go together with those of the run
+            raise UserError(f"cannot go on: {error}; or a new run with --init last.pt", self.folder) from None
         if dry_run:  # one step and one validation batch, in a folder of its own
             self.s.steps, self.s.val_size = 1, min(self.s.val_size or 16, 16)
             self.folder = self.folder / "dry-run"
-        # The clock starts where the last session ended; and the log's next row is still empty.
-        self.started = time.monotonic() - self.seconds
-        self.recent, self.printed = [], (time.monotonic(), self.step)
+        self.started = time.monotonic()
+        self.recent, self.printed = [], (self.started, 0)
 
-    def restore(self, last, preset):
-        """Go back to where last.pt ends -> its settings. Raises UserError for what is no run of ours."""
-        self.saved = saved = load_checkpoint(last)  # its network is checked there, the rest of it here
+    def restore(self, preset, optimizers):
+        """Go back to where last.pt ends. Raises UserError for no run of ours or another preset."""
+        saved, last = self.saved, self.folder / "last.pt"
         try:
-            before = asdict(Settings.from_file(saved["settings"]))
+            # The network and the settings have been checked (load_checkpoint, __init__); here is the rest.
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
-            numbers = [self.step, self.seconds, *itertools.chain(*(row.values() for row in self.rows))]
+            numbers = [self.step, self.seconds, *(n for row in self.rows for n in row.values())]
             assert all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-            assert all(row.keys() >= {"step", "pictures"} for row in self.rows)
+            assert self.rows and all(row.keys() >= {"step", "pictures"} for row in self.rows)
             assert self.preset in PRESETS and type(self.best) is float and not math.isnan(self.best)
             assert type(self.step) is int and 0 < self.step < 2 ** 31
-            assert self.rows[-1]["pictures"] % self.step == 0
-        except Exception as error:  # a file may hold anything
-            why = error if isinstance(error, ValueError) else "no run of this program, or damaged"
-            raise UserError(f"cannot be resumed ({why}); use it as the --init of a new run", last) from None
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                # Only Adam's averages are taken from the file; rates and the like are those of the settings.
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+                for p, of_p in optimizer.state.items():
+                    shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    assert {k: v.shape for k, v in of_p.items()} == shapes
+                    assert all(v.layout == torch.strided and v.isfinite().all() for v in of_p.values())
+        except Exception:  # a file may hold anything
+            raise UserError("no run of ours, or damaged; use it as the --init of a new run", last) from None
         if preset not in (None, self.preset):
             raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
-        return before
+        self.started -= self.seconds  # the clock goes on where the last session ended
+        changes = [f"{k} {v!r:.200} -> {vars(self.s)[k]!r:.200}" for k, v in saved["settings"].items()
+                   if v != vars(self.s).get(k, v) and k != "output"]
+        if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
+            print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
+            self.history.append({"until step": self.step, "settings": saved["settings"]})
 
     def lock(self):
         """Refuse a folder in which another run is at work. The lock ends with this process, in any case.
@@ -629,16 +623,14 @@ class Run:
             print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
             self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
                               "seconds": round(self.seconds, 1), "lr": lr, **losses})
-            self.recent, self.printed = [], (time.monotonic(), self.step)
+        self.recent, self.printed = [], (time.monotonic(), self.step)
 
-        def write(part):
-            with open(part, "w", newline="") as file:
-                table = csv.DictWriter(file, dict.fromkeys(itertools.chain(*self.rows)))
-                table.writeheader()
-                table.writerows(self.rows)
-
+        text = io.StringIO()
+        table = csv.DictWriter(text, dict.fromkeys(name for row in self.rows for name in row))
+        table.writeheader()
+        table.writerows(self.rows)
+        save_atomically(self.folder / "log.csv", lambda part: part.write_bytes(text.getvalue().encode()))
         colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
-        save_atomically(self.folder / "log.csv", write)
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
 
     def save(self, name, model, optimizers):
@@ -681,17 +673,12 @@ class Processes:
             if card >= cards:
                 raise UserError(f"{cards} GPUs for more processes: lower --nproc_per_node")
             torch.cuda.set_device(card)
-        # gloo for tensors on the CPU, nccl for those on a GPU. The others wait while the first one validates.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # gloo for tensors on the CPU, nccl for those on a GPU. The others wait while the first one validates,
+        # for 30 minutes at most: torch's default.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         if self.rank:
             sys.stdout = open(os.devnull, "w")  # all do the same; the first one tells, validates and writes
-
-    def wait(self):
-        """Wait until all processes have come here."""
-        if self.world > 1:
-            dist.barrier()
 
     def average(self, tensors):
         """Give each tensor, in place, its mean over all processes.

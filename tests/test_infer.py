@@ -337,15 +337,34 @@ def painting(seed):
 
 
 def test_moving_blurs_the_more_the_farther_apart_the_colors_of_the_style_lie():
-    """The strong style has 18 in a and 24 in b, together 30; the muted one 3, and 6 is the least."""
+    """The strong style has 18 in a and 24 in b, together 30, and .7 of it counts; the muted one 3, and 6 is the least."""
     strong = torch.cat([torch.zeros(288, 2), torch.tensor([[36., 48.]]).expand(288, 2)])
     muted, own = strong / 10, scene_lab(1)[1]
     corners = torch.tensor([[-40., 20.], [32., 8.], [0., 0.], [12., -60.]])     # entries of the table
     ab = corners.T.reshape(1, 2, 2, 2)
-    for target, blur in ((strong, 30 * math.sqrt(576 / 575)), (muted, 6.)):
-        to, stay = (infer.transport(own, goal, corners, blur) for goal in (target, own))
+    for target, blur in ((strong, 21 * math.sqrt(576 / 575)), (muted, 6.)):
+        to, stay = (infer.transport(own, goal, torch.cat([corners, own]), blur) for goal in (target, own))
+        moved = torch.cat([corners, own]) + to - stay
+        boost = target.norm(dim=1).mean() / moved[4:].norm(dim=1).mean()
+        expected = moved[:4] * boost.clamp(1, 1.5)
         found = infer.move(ab, own, [(.25, target), (.75, own)]) - ab
-        assert (found[0].flatten(1).T - (to - stay) / 4).abs().max() < .01 < (to - stay).abs().max()
+        assert (found[0].flatten(1).T - (expected - corners) / 4).abs().max() < .01 < (expected - corners).abs().max()
+
+
+def test_moved_colors_get_the_chroma_of_the_style_and_at_most_half_as_much_again(monkeypatch):
+    own, wanted = scene_lab(1)[1], painting(3)
+    far = 50 * torch.tensor([[1., 0.], [-1., 0.]]).repeat(288, 1)  # two colors; their mean, gray, has no chroma
+    for source, target, capped in ((own, wanted, False), (own / 20, far, True)):
+        ab = source.T.reshape(1, 2, 24, 24)
+        moved = infer.move(ab, source, [(1., target)])
+        with monkeypatch.context() as plain:
+            plain.setattr(infer, "BOOST", 1.)
+            weak = infer.move(ab, source, [(1., target)])
+        assert weak.norm(dim=1).mean() < .95 * target.norm(dim=1).mean()
+        if capped:
+            assert torch.allclose(moved, 1.5 * weak, atol=1e-4)
+        else:
+            assert abs(moved.norm(dim=1).mean() / target.norm(dim=1).mean() - 1) < .01
 
 
 def test_moving_gives_equal_colors_equal_colors_and_reaches_the_palette():
