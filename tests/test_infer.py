@@ -687,10 +687,9 @@ def test_refining_stays_near_the_palette_and_makes_the_sky_smoother(monkeypatch)
         if name == "rocket":  # its sky, left of the tower
             deviations.append(rgb_to_lab(shown[:2])[:, 1:, 5:75, 5:50].flatten(2).std(2).norm(dim=1))
     # The rocket's picture is nearly all sky. A sky of one color cannot have the style's palette: so only the
-    # cat and the cup are asked for it. Refining costs them some of it, as one thing gets one color; moving wins
-    # a part back.
+    # cat and the cup are asked for it. One color for one thing costs them some of it; moving wins it back.
     before, after, unmoved = torch.stack(transfers)[:8].T
     assert (after > unmoved).all() and after.mean() > unmoved.mean() + .1
-    assert before.mean() > .7 and after.mean() > .67 and after.min() > .58 and (before - after).max() < .12
+    assert after.mean() > before.mean() > .7 and after.min() > .65 and (before - after).max() < .12
     before, after = torch.stack(deviations).T
-    assert (after < .1 * before).all()
+    assert (after < .15 * before).all() and (after < 3).all()  # 2.3 can just be seen
