@@ -179,7 +179,8 @@ def open_picture(path, at_least=None):
     Returns a PIL picture of mode RGB. Raises UserError, naming the file, for anything that cannot be read.
     """
     if not os.path.isfile(path):  # a folder, or a pipe that would wait for ever
-        raise UserError("not a file" if os.path.exists(path) else "no such file", path)
+        what = "not a file, nor a folder with pictures" if os.path.exists(path) else "no such file"
+        raise UserError(what, path)
     try:
         with Image.open(path) as file:
             if at_least:  # only JPEG can; the others ignore it
@@ -544,8 +545,8 @@ def run_program(main):
     except (MemoryError, RuntimeError) as error:
         if "memory" not in repr(error).lower():
             raise
-        code = ("the memory is full: a smaller --size or picture needs less; in training, halve --batch-size and "
-                "double --accumulate, add --amp, or take --lpips-net alex")
+        code = ("the memory is full: a smaller --size or picture needs less; in training, halve --batch-size "
+                "and double --accumulate, add --amp, or take --lpips-net alex")
     try:
         sys.stdout.flush()
     except OSError:  # nobody takes what is left: Python would try again, and complain

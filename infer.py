@@ -5,18 +5,18 @@
     python infer.py gray.jpg a.jpg --styles b.jpg --blend 2,1
     python infer.py photos/ paintings/ --grid --output sheet.png
 
-The network only ever sees the photo at about its training size. Around each pixel of its small answer a line
-ab = slope * L + offset is fitted; slopes and offsets are enlarged and applied to the photo's own L. So the
-result is as large and as sharp as the photo, whatever its size.
+The network only ever sees the photo at about the size that it was trained at. Around each pixel of its small
+answer a line ab = slope * L + offset is fitted; slopes and offsets are enlarged and applied to the photo's
+own L. So the result is as large and as sharp as the photo, whatever its size.
 
     style --resize_short_side--> (1, 3, h', w') --encode--> code z (1, D)
     photo --resize_short_side, gray_of--> (1, 1, h, w) --predict with z--> L, a, b (1, 3, h, w)
     L, a, b and the style's palette --refine--> L, a, b (1, 3, h, w)
     photo (H, W) and L, a, b --join--> picture (H, W)
 
-The sections follow this way: a checkpoint is read; encode and predict are the paper's method, join makes the
-large picture; refine, which is ours, makes surfaces steadier, and wins back some of the colors that this
-costs; then come drawings of several results, and last the command line, where `main` is the place to begin.
+The sections have this order, too: a checkpoint is read; encode and predict are the paper's method, join makes
+the large picture; refine, which is ours, makes surfaces steadier and wins back the colors that this costs;
+then come drawings of several results, and last the command line, where `main` is the place to begin.
 """
 import itertools
 import math
@@ -189,11 +189,11 @@ def join(photo, lab):
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
 SIDE = 128    # short side at which pictures are refined: the constants below belong to it, and it is fast
-# How far apart places may be and still be alike, in y, x (pixels), L, roughness, a and b. At this distance in
-# one of them a place counts .6 of what an equal one counts, at twice this distance .14.
+# How far apart places may be and still be alike, in y, x (pixels), L, roughness, a and b. A place that
+# differs by so much in one of them weighs .6 of an equal one, one that differs by twice as much .14.
 ALIKE = 40., 40., 6., 2., 20., 20.
 EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
-SPREAD = 1e5  # the pull between neighbors on one surface; its root, 300 pixels, is how far colors run
+SPREAD = 1e5  # the pull between neighbors on one surface; its root says how far colors run: 300 pixels
 BLUR = .7     # blur in move (see transport), as a share of the deviation of the style's colors
 BOOST = 1.5   # how much the colors are strengthened at most, if they have become paler than the style's
 
@@ -210,11 +210,11 @@ def average_alike(ab, L):
     rows, columns = (math.ceil(side / 4) for side in L.shape[2:])
     # Roughness is the deviation of L in 3x3 pixels: high in grass, low on a wall.
     variance = (box_mean(L * L, 1) - box_mean(L, 1).square()).clamp(min=0)
-    four = torch.cat([L, variance, ab], dim=1)                                  # (1, 4, h, w)
+    planes = torch.cat([L, variance, ab], dim=1)                                # (1, 4, h, w)
     # The mean of each in each place: (N,), N = rows * columns.
-    light, rough, a, b = F.interpolate(four, (rows, columns), mode="area")[0].flatten(1)
+    light, variance, a, b = F.interpolate(planes, (rows, columns), mode="area")[0].flatten(1)
     y, x = torch.cartesian_prod(4. * torch.arange(rows), 4. * torch.arange(columns)).T  # (N,) each
-    places = torch.stack([y, x, light, rough.sqrt(), a, b], dim=1) / torch.tensor(ALIKE)  # (N, 6)
+    places = torch.stack([y, x, light, variance.sqrt(), a, b], dim=1) / torch.tensor(ALIKE)  # (N, 6)
     # How much of every place is in the new color of each: (N, N), and every row adds up to 1.
     shares = (-torch.cdist(places, places).square() / 2).softmax(1)
     old = torch.stack([a, b], dim=1)                                            # (N, 2)
@@ -355,7 +355,7 @@ def color(model, gray, z, palettes, amount=REFINE, strength=1.):
 def colorize_photo(model, photo, z, size, palettes=(), amount=0., strength=1.):
     """A PIL photo of any size, colored with a code z -> PIL picture of the same size.
 
-    Other than on the command line it is not refined by default; with an amount it needs palettes. Of a color
+    Unlike the command line, this does not refine by default; with an amount it needs palettes. Of a color
     photo only the lightness is used.
     """
     gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
@@ -459,9 +459,9 @@ def parse(argv):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
     add("--grid", action="store_true", help="one sheet, as in figure 8: a row a photo, then a column a style")
-    add("--blend", type=numbers, metavar="W,W", help="mix all styles, a weight each (=-1,2 if the first has a minus)")
+    add("--blend", type=numbers, metavar="W,W", help="mix all styles, a weight each (=-1,2 with a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
-    add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 the whole way (default)")
+    add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 fully (default)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
     args = parser.parse_args(argv)
     for wrong, text in [

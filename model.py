@@ -156,7 +156,7 @@ class Colorizer(nn.Module):
         return z.sigmoid() if self.config.sigmoid else z
 
     def restyle(self, x, z, layer):
-        """AdaIN layer 0 to 8, five in the encoder and four in the decoder; the plain U-Net has none of them."""
+        """AdaIN layer 0 to 8, five in the encoder and four in the decoder; the plain U-Net has none."""
         return self.adain[layer](x, z) if self.config.use_style else x
 
     def colorize(self, gray, z=None):

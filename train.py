@@ -90,7 +90,7 @@ class Settings(ModelConfig):
     warmup: int = setting(0, "steps over which the learning rate rises to --lr; at most a tenth of the run")
     schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
-    val_every: int = setting(500, "steps between validations; with --minutes about ten a run, if they are quick", low=1)
+    val_every: int = setting(500, "steps between validations; with --minutes about ten a run", low=1)
     init: str = setting("", "checkpoint whose weights to start from, with a new optimizer: fine-tuning")
     amp: bool = setting(False, "compute in bfloat16 where it does no harm: faster on recent GPUs and CPUs")
 
@@ -173,7 +173,7 @@ def means(rows):
 
 
 class Recipe:
-    """The settings and the frozen network (LPIPS) that turn a batch into losses, in training and in validation."""
+    """The settings and the frozen LPIPS that turn a batch into losses, in training and in validation."""
 
     def __init__(self, s, device):
         self.s, self.device = s, device

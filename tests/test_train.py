@@ -291,6 +291,24 @@ def test_with_minutes_a_run_is_validated_about_ten_times(tmp_path, monkeypatch):
     assert 6 <= len(log(tmp_path / "run")) <= 12
 
 
+def test_a_run_whose_time_ends_in_a_validation_ends_with_it(tmp_path, monkeypatch):
+    """The same clock; a validation takes 110 of the 120 seconds, and the first one is due after 12."""
+    clock, validate = [0.], train.validate
+
+    def look(seconds=.5):
+        clock[0] += seconds
+        return clock[0]
+
+    def slowly(*args):
+        look(110)
+        return validate(*args)
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=look))
+    monkeypatch.setattr(train, "validate", slowly)
+    go(*TINY, "--batch-size", 1, "--val-size", 1, "--minutes", 2, "--val-every", 100_000, "--output", tmp_path / "run")
+    assert len(log(tmp_path / "run")) == 1 and 120 < clock[0] < 130
+
+
 def test_validation_of_a_network_that_answers_gray():
     """The untrained network: its measures are those of the gray pictures, which numpy can compute."""
     settings = train.Settings(data="synthetic", size=32, lpips=0., batch_size=2, latent=8, width=4)
