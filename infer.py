@@ -185,7 +185,7 @@ def join(photo, lab):
     return result
 
 
-# ---- not in the paper: one thing gets one color; this costs colors, and a part of them is won back ---------
+# ---- not in the paper: one thing gets one color; this costs colors, and a part of them is won back --------
 
 REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
 SIDE = 128    # short side at which pictures are refined: the constants below belong to it, and it is fast

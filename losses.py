@@ -5,8 +5,7 @@
 
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", computes
 features of both pictures, and LPIPS is the distance of these features, with a learned weight for each of
-their channels. Pictures are RGB in [0, 1] unless a
-docstring says otherwise.
+their channels. Pictures are RGB in [0, 1] unless a docstring says otherwise.
 
     python -c "import torch, losses; x = torch.rand(4, 3, 64, 64); print(losses.psnr(x, x / 2))"
 """
@@ -142,9 +141,9 @@ def palette_loss(out, rgb, space, offset=0.):
 
     MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
     is taken along 8 directions; offset, in [0, 1], rotates them by that part of their spacing: training draws
-    it anew for each batch, so that in time all directions count. A quarter of
-    the pixels is enough: every second row and column of the picture, and for the output the means of 2x2
-    pixels, so that the network gains nothing by mixing colors in a checkerboard.
+    it anew for each batch, so that in time all directions count. A quarter of the pixels is enough: every
+    second row and column of the picture, and for the output the means of 2x2 pixels, so that the network
+    gains nothing by mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
     # From row 1 on: of an odd side, too, as many pixels are left as avg_pool2d leaves.
