@@ -40,7 +40,7 @@ CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
 DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
          "authors-own": "gray"}
 # "Scarcity": the same network in three widths.
-WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64-seed1": "darkorange"}
+WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
 # "The codes of the wide network": three runs, from the authors' initial weights twice and from ours.
 WIDE = {"wide2000": "steelblue", "wide2000-seed1": "mediumseagreen", "collapsed2000": "darkorange"}
 # Columns of one run: "Longer training", "The U-Net alone", "A loss on the codes".
