@@ -307,9 +307,9 @@ def move(ab, source, palettes):
     colors = torch.cat([torch.cartesian_prod(line, line), source])              # (65 * 65 + 576, 2)
     shifts = torch.zeros_like(colors)
     for weight, target in palettes:
-        # A color becomes a mean of style colors that lie about `blur` apart: 6 for a muted style, more for one
-        # of many strong colors. With less blur the palette is reached more exactly, but two parts of one thing
-        # easily get different colors; with more the result is paler.
+        # A color becomes a mean of style colors that lie about `blur` apart: 6 for a muted style, more for
+        # one of many strong colors. With less blur the palette is reached more exactly, but two parts of a
+        # thing easily get different colors; with more the result is paler.
         blur = max(6., BLUR * target.std(0).norm().item())
         # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but
         # nearer to the other colors around it. The difference of both ways is 0 where the palettes agree.
