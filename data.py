@@ -164,7 +164,8 @@ def box_mean(x, radius):
 # ---- files -> pictures ------------------------------------------------------------------------------------
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
-CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg"}  # unknown to Pillow
+# Pillow knows none of these. In a folder they are counted, so that nobody wonders where they are.
+CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".svg"}
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
 MIN_CHROMA = 4.0                                            # mean chroma under which a picture counts as gray
 
@@ -240,7 +241,7 @@ def crop_square(picture, size, rng=None):
     """A size x size cut of a PIL picture; nothing is squashed.
 
     With rng (training): a random square of 80-100 % of the short side, mirrored half of the time.
-    Without (validation): the centre square.
+    Without (validation): the center square.
     """
     W, H = picture.size
     side, x, y, mirror = min(W, H), .5, .5, False

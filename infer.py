@@ -148,14 +148,12 @@ def guided_filter(ab, L):
     enlarged: colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is added
     to the variance of L: where L varies much less, the slope goes to 0 and the box gets nearly one color.
     """
-    def mean(x):
-        return box_mean(x, GUIDE_RADIUS)
-
-    mean_L, mean_ab = mean(L), mean(ab)
+    planes = torch.cat([L, ab, L * L, L * ab], dim=1)                           # (B, 6, h, w)
+    mean_L, mean_ab, mean_LL, mean_Lab = box_mean(planes, GUIDE_RADIUS).split([1, 2, 1, 2], dim=1)
     # The best line of each box, as in any linear regression: covariance over variance.
-    slope = (mean(L * ab) - mean_L * mean_ab) / (mean(L * L) - mean_L * mean_L + GUIDE_EPS)
+    slope = (mean_Lab - mean_L * mean_ab) / (mean_LL - mean_L * mean_L + GUIDE_EPS)     # (B, 2, h, w)
     # A pixel lies in many boxes: the mean of their lines.
-    return mean(slope), mean(mean_ab - slope * mean_L)
+    return box_mean(torch.cat([slope, mean_ab - slope * mean_L], dim=1), GUIDE_RADIUS).chunk(2, dim=1)
 
 
 def join(photo, lab):
@@ -352,16 +350,6 @@ def color(model, gray, z, palettes, amount=REFINE, strength=1.):
     return torch.cat([L, strength * ab], dim=1)
 
 
-def colorize_photo(model, photo, z, size, palettes=(), amount=0., strength=1.):
-    """A PIL photo of any size, colored with a code z -> PIL picture of the same size.
-
-    Unlike the command line, this does not refine by default; with an amount it needs palettes. Of a color
-    photo only the lightness is used.
-    """
-    gray = gray_of(resize_short_side(photo, size))                              # (1, 1, h, w)
-    return join(photo, color(model, gray, z, palettes, amount, strength))
-
-
 # ---- drawings ---------------------------------------------------------------------------------------------
 
 def gray_version(picture):
@@ -372,7 +360,7 @@ def gray_version(picture):
 def sheet(photos, styles, size, colorings):
     """A sheet like the paper's figure 8: a row for each photo, with the gray photo and its colorings.
 
-    photos: PIL pictures, of which the centre square is taken; styles: PIL pictures for the first row, or None
+    photos: PIL pictures, of which the center square is taken; styles: PIL pictures for the first row, or None
     for an empty cell; colorings: a function that gives for a photo's square its colorings, one for each
     style, in their order. Returns a PIL picture.
     """
@@ -458,7 +446,7 @@ def parse(argv):
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
-    add("--grid", action="store_true", help="one sheet, as in figure 8: a row a photo, then a column a style")
+    add("--grid", action="store_true", help="one sheet of squares, as in figure 8: a row a photo, a column a style")
     add("--blend", type=numbers, metavar="W,W", help="mix all styles, a weight each (=-1,2 with a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 fully (default)")
@@ -578,10 +566,11 @@ def color_grid(model, photos, styles, files, size, args):
 
     def colorings(photo):
         """One row of the sheet."""
-        small = to_tensor(photo)[None] / 255  # (1, 3, size, size)
+        small = to_tensor(photo)[None] / 255                                    # (1, 3, size, size)
+        gray = gray_of(small)  # made once for all styles
         itself = make_looks([("", small, encode(model, small))]) if own else []
         for _, z, palettes in itself + looks:
-            yield colorize_photo(model, photo, z, size, palettes, args.refine, args.strength)
+            yield join(photo, color(model, gray, z, palettes, args.refine, args.strength))
 
     if pictures:
         shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]

@@ -77,12 +77,16 @@ class ModelConfig:
 def conv_block(channels_in, channels_out, convs, padding):
     """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
 
+    (B, channels_in, H, W) -> (B, channels_out, H, W). Each 3x3 convolution sees one pixel further in every
+    direction, so two of them look at 5x5 pixels, with fewer weights than one convolution of 5x5.
     With zero padding a convolution can tell where the border is, and colors then depend on the place;
     "replicate" repeats the border's features, so that the border can hardly be told. (Transposed
     convolutions keep their zeros.)
     """
     layers = []
     for channels in [channels_in] + [channels_out] * (convs - 1):
+        # BatchNorm normalizes each channel over the whole batch, so that the next layer gets numbers of one
+        # size, whatever this one has learned. In use (eval) it takes averages kept from training instead.
         layers += [nn.Conv2d(channels, channels_out, 3, padding=1, padding_mode=padding),
                    nn.ReLU(inplace=True), nn.BatchNorm2d(channels_out)]
     return nn.Sequential(*layers)
@@ -91,9 +95,11 @@ def conv_block(channels_in, channels_out, convs, padding):
 class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then the mean over the picture: a picture becomes one short code.
 
-    style: (B, C, H, W) of any size -> z: (B, D). No ReLU follows the last convolution: with one, a number of
-    the code could become 0 for every picture, and never learn again. No BatchNorm, so a code does not depend
-    on the rest of its batch. The widths are the authors'; they did not shrink with the U-Net's.
+    style: (B, C, H, W) of any size -> z: (B, D). The mean forgets where things are: a code can hold which
+    colors a picture has and how strong they are, but not its shapes.
+    No ReLU follows the last convolution: with one, a number of the code could become 0 for every picture, and
+    never learn again. No BatchNorm, so a code does not depend on the rest of its batch. The widths are the
+    authors'; they did not shrink with the U-Net's.
     """
 
     def __init__(self, channels, latent):
@@ -115,7 +121,13 @@ class StyleEncoder(nn.Module):
 # ---- the network ------------------------------------------------------------------------------------------
 
 class Colorizer(nn.Module):
-    """U-Net + style encoder + AdaIN. `forward(gray, style)` is `colorize(gray, encode_style(style))`."""
+    """U-Net + style encoder + AdaIN. `forward(gray, style)` is `colorize(gray, encode_style(style))`.
+
+    A U-Net (Ronneberger et al. 2015) has two halves. The encoder makes the picture smaller and smaller and
+    its features more and more: a pixel of the smallest map stands for 16x16 pixels and has seen far more, so
+    there it can be known what a thing is. The decoder goes back to the full size. On the way down the exact
+    place of every edge is lost; skip connections hand the encoder's map of the same size to the decoder.
+    """
 
     def __init__(self, config=None):
         super().__init__()
@@ -124,7 +136,8 @@ class Colorizer(nn.Module):
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
         up = [8 * w, 4 * w, 2 * w, w]                        # channels that the four decoder stages receive
 
-        # Encoder. The two deepest stages, whose maps are small, have 4 convolutions, the others 2.
+        # Encoder. Channels double where sides are halved. The two deepest stages, whose maps are small, have 4
+        # convolutions, the others 2.
         self.encoder = nn.ModuleList(
             conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
         # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
@@ -174,15 +187,18 @@ class Colorizer(nn.Module):
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
             x = block(F.max_pool2d(x, 2) if i else x)                           # (B, C, H/2, W/2)
-            x = self.dropout(self.restyle(x, z, i))
+            # Dropout sets random features to 0 in training, so that no single one can be relied on.
+            x = self.dropout(self.restyle(x, z, i))                             # the same
             skips.append(x)
-        x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip
+        x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip connection
 
-        # Decoder: four stages, each at twice the size of the one before.
+        # Decoder: four stages, each at twice the size of the one before. pop() takes the encoder's maps in
+        # reverse order, so the sizes meet.
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=len(self.encoder)):
             x = self.restyle(up(x), z, i)                                       # (B, C, 2H, 2W)
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
-            x = self.dropout(block(x))
+            x = self.dropout(block(x))                                          # (B, C/2, 2H, 2W); the last keeps C
+        # A 1x1 convolution makes the colors of each pixel from its w features and its gray value.
         out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)
         if self.config.space == "rgb":
             out = gray + out  # so the head makes only the difference from gray

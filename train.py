@@ -31,14 +31,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 # infer comes first: it says which package is missing.
-from infer import FORMAT, colorize_photo, draw_curves, encode, load_checkpoint, pick_device, sheet
+from infer import FORMAT, draw_curves, encode, join, load_checkpoint, pick_device, predict, sheet
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, network_to_lab, network_to_rgb,
                   printable, resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
-                  sliced_wasserstein)
+                  sliced_wasserstein, to_tensor)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -236,11 +236,12 @@ class Recipe:
         return losses
 
 
-def train_step(model, recipe, optimizers, batches, seeds, processes):
+def train_step(model, recipe, optimizers, lr, batches, seeds, processes):
     """One step of the optimizer on one or more batches (--accumulate) -> the means of the losses, as numbers.
 
     batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each; optimizers: one, or two for
-    solution 2 of section 3.2; processes: averages the gradients of several GPUs, does nothing for one.
+    solution 2 of section 3.2; lr: the learning rate; processes: averages the gradients of several GPUs, does
+    nothing for one.
     """
     optimizer, values = optimizers[0], []
 
@@ -258,16 +259,18 @@ def train_step(model, recipe, optimizers, batches, seeds, processes):
     if recipe.s.clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.s.clip)
 
-    # Step: Adam moves every weight against its gradient.
+    # Step: Adam moves every weight against its gradient, by about lr.
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
 
     # Section 3.2, solution 2: forward, backward and step again, for the style loss alone. (Forward again,
-    # because the weights have just changed.)
+    # because the weights have just changed.) Its learning rate is a tenth.
     if recipe.s.style_loss == "dual":
         optimizers[1].zero_grad()
         for batch, seed in zip(batches, seeds):
             (recipe.losses(model, batch, seed)["style_loss"] / len(batches)).backward()
         processes.average([p.grad for p in model.parameters() if p.grad is not None])
+        optimizers[1].param_groups[0]["lr"] = lr / 10
         optimizers[1].step()
     return means(values)
 
@@ -423,11 +426,10 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]   # gray, rgb, style each
 
         # Learn. Every forward pass of every process has a number, which with --seed makes its seed.
-        for optimizer, divisor in zip(optimizers, (1, 10)):
-            optimizer.param_groups[0]["lr"] = learning_rate(s, run.step, progress) / divisor
+        lr = learning_rate(s, run.step, progress)
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
-        values = train_step(model, recipe, optimizers, batches, seeds, processes)
+        values = train_step(model, recipe, optimizers, lr, batches, seeds, processes)
         run.step += 1
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
@@ -482,11 +484,14 @@ def sample(model, photos, s):
     def code(picture):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
 
+    def colorings(photo):
+        gray = gray_of(to_tensor(photo)[None] / 255)                            # (1, 1, S, S)
+        return (join(photo, predict(model, gray, z)) for z in [code(photo), *others])
+
     pictures = [photos.load(i) for i in range(min(8, len(photos)))]
     styles = pictures[4:] if s.use_style else []
     others = [code(style) for style in styles]
-    return sheet(pictures[:4], [None, *styles], s.size, lambda photo: (
-        colorize_photo(model, photo, z, s.size) for z in [code(photo), *others]))
+    return sheet(pictures[:4], [None, *styles], s.size, colorings)
 
 
 # ---- a run and its folder ---------------------------------------------------------------------------------

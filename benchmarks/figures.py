@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import infer  # noqa: E402
-from data import crop_square, open_picture, resize_short_side, run_program  # noqa: E402
+from data import crop_square, gray_of, open_picture, resize_short_side, run_program  # noqa: E402
 
 PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
 GAP, LINE = 4, 20  # pixels between pictures; height of a caption
@@ -53,7 +53,8 @@ class Painter:
         """A photo in the colors of a style, or of the blend of several; all are names."""
         small = [(name, resize_short_side(self.pictures[name], self.size)) for name in styles]
         [(_, z, palettes)] = infer.make_looks([(name, x, infer.encode(self.model, x)) for name, x in small], blend)
-        return infer.colorize_photo(self.model, self.pictures[photo], z, self.size, palettes, amount, strength)
+        gray = gray_of(resize_short_side(self.pictures[photo], self.size))               # (1, 1, h, w)
+        return infer.join(self.pictures[photo], infer.color(self.model, gray, z, palettes, amount, strength))
 
 
 def main():

@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
-from data import (box_mean, crop_square, lab_to_gamut, list_pictures, open_picture, resize_short_side,  # noqa: E402
-                  rgb_to_lab, run_program, to_picture, to_tensor)
+from data import (box_mean, crop_square, gray_of, lab_to_gamut, list_pictures, open_picture,  # noqa: E402
+                  resize_short_side, rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
 SIZE = 128
@@ -174,7 +174,8 @@ def network(path, amount):
     def color(photo, style):
         style = resize_short_side(style, SIZE)
         [(_, z, palettes)] = infer.make_looks([("", style, infer.encode(model, style))])
-        return infer.colorize_photo(model, photo, z, SIZE, palettes, amount)
+        gray = gray_of(resize_short_side(photo, SIZE))                                # (1, 1, h, w)
+        return infer.join(photo, infer.color(model, gray, z, palettes, amount))
     return color
 
 

@@ -10,6 +10,11 @@ sys.path[:0] = [str(TOP / folder) for folder in (".", "tests", "benchmarks", "ex
 torch.set_num_threads(1)  # the tensors are small, and two threads on a busy machine wait for each other
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that teach come first, robustness/ after them."""
+    items.sort(key=lambda item: "robustness" in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def random_alexnet(tmp_path_factory):
     """A weight file with AlexNet's shapes and random numbers, for tests that only need LPIPS to run."""

@@ -187,7 +187,6 @@ def test_a_pair_is_what_the_functions_give_one_after_the_other(place):
     assert np.array_equal(np.asarray(infer.join(photo, refined)), np.asarray(Image.open("gray_a.png")))
     call("photos/gray.png", "styles/a.png", "--refine", 0, "--output", "plain.png")
     assert np.array_equal(np.asarray(infer.join(photo, first)), np.asarray(Image.open("plain.png")))
-    assert np.array_equal(np.asarray(infer.colorize_photo(model, photo, z, size)), np.asarray(Image.open("plain.png")))
 
 
 def test_blend_mixes_codes_and_the_ways_to_the_palettes(place):

@@ -22,7 +22,7 @@ def test_every_linked_or_named_file_is_there(page):
 
 
 def test_every_folder_has_a_page():
-    assert {page.parent.name for page in PAGES[1:]} == {"examples", "weights", "experiments", "benchmarks"}
+    assert {page.parent.name for page in PAGES[1:]} == {"examples", "weights", "experiments", "benchmarks", "tests", "figures"}
 
 
 @pytest.mark.parametrize("program", [train, infer])
