@@ -205,10 +205,10 @@ def to_rgb(picture):
     """A PIL picture of any mode -> mode RGB; what is transparent becomes white."""
     if picture.mode == "F" or picture.mode.startswith("I"):
         # Pillow would cut these off at 255. 16-bit pictures ("I;16" and the like) have values to 65535, float
-        # ones usually to 1; a plain "I" may hold either 8 or 16 bits.
-        x = np.nan_to_num(np.asarray(picture).astype(np.float32))
+        # ones usually to 1 or a little above; a plain "I" may hold either 8 or 16 bits.
+        x = np.nan_to_num(np.asarray(picture).astype(np.float32), posinf=1)
         top = 65535 if x.max() > 255 or picture.mode not in ("F", "I") else 255
-        top = 1 if picture.mode == "F" and x.max() <= 1 else top
+        top = 1 if picture.mode == "F" and x.max() < 10 else top
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -320,9 +320,11 @@ def find_data(source, train_size, val_size, seed):
     for paths in lists:  # a limited train_size is a random choice, and not the first folder's pictures
         rng.shuffle(paths)
     # Either the folder says itself what is for validation, or a fifth of it at most is held back.
-    n = min(val_size, math.ceil(len(lists[0]) / 5))
-    train, val = lists if split else (lists[0][n:], lists[0][:n])
-    train, val = drop_gray_and_broken(train, train_size), drop_gray_and_broken(val, val_size)
+    train, val = lists if split else (lists[0], lists[0])
+    val = drop_gray_and_broken(val, val_size if split else min(val_size, math.ceil(len(val) / 5)))
+    if val and not split:
+        train = train[train.index(val[-1]) + 1:]
+    train = drop_gray_and_broken(train, train_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
             raise UserError(f"needs {'one' if split else 'two'} readable pictures in color at least "

@@ -136,7 +136,7 @@ def predict(model, gray, z):
     return network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
 
 
-GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # larger ones smooth more: steadier walls, less of the style's palette
+GUIDE_RADIUS, GUIDE_EPS = 4, 50.  # a larger radius smooths more, and colors run further over edges
 
 
 def guided_filter(ab, L):
@@ -446,7 +446,7 @@ def parse(argv):
     add("--size", type=int, default=0, help="short side that the network sees (default: as trained)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
-    add("--grid", action="store_true", help="one sheet of squares, as in figure 8: a row a photo, a column a style")
+    add("--grid", action="store_true", help="one sheet of squares as in figure 8: a row a photo, a column a style")
     add("--blend", type=numbers, metavar="W,W", help="mix all styles, a weight each (=-1,2 with a minus)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 fully (default)")
@@ -456,12 +456,13 @@ def parse(argv):
             # argparse cannot say these. Each is a pair: what would be wrong, and the line that explains it.
             (not args.latents and len(args.pictures) + len(args.styles) < 2,
              "a style picture is missing: name a photo, then a style, as in  python infer.py gray.jpg style.jpg"),
-            (args.grid and (args.raw or args.latents), "--grid does not go together with --raw or --latents"),
+            (args.grid + args.raw + args.latents > 1, "--grid, --raw and --latents: only one at a time"),
+            (args.latents and args.blend, "--latents shows each style's own code; leave out --blend"),
             (args.size and not 16 <= args.size <= 4096, "--size must be from 16 to 4096"),
             (not 0 <= args.strength <= 10, "--strength must be from 0 to 10"),
             (not 0 <= args.refine <= 1, "--refine must be from 0 to 1"),
-            (args.blend and not (max(map(abs, args.blend)) < 1e6 and abs(sum(args.blend)) > 1e-6),
-             "--blend takes numbers with commas between them that do not add up to 0, as in 2,1")]:
+            (args.blend and not max(map(abs, args.blend)) / 100 < abs(sum(args.blend)) < 1e6,
+             "--blend takes numbers with commas between them, as in 2,1; their sum must not be near 0")]:
         if wrong:
             parser.error(text)
     return args
@@ -510,8 +511,10 @@ class Files:
         limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
         if max(picture.size) > limit:
             raise UserError(f"this format holds at most {limit} pixels a side; choose .png", path)
-        # 4:4:4: JPEG and AVIF would else store color at half the size, and color is what this is about.
-        save_atomically(path, lambda part: picture.save(part, quality=95, subsampling="4:4:4"))
+        # Color is what this is about. JPEG and AVIF would store it at half the size without 4:4:4; WebP does
+        # so unless it loses nothing at all.
+        options = dict(quality=95, subsampling="4:4:4", lossless=path.suffix.lower() == ".webp")
+        save_atomically(path, lambda part: picture.save(part, **options))
         self.taken.add(path)
         print(printable(path))
         # On a terminal, how far it is; on stderr, so that stdout is a list of files and nothing else.
@@ -553,8 +556,10 @@ def color_pairs(model, photos, styles, files, size, args):
         gray = gray_of(resize_short_side(photo, size))  # (1, 1, h, w), made once for all styles
         for name, z, palettes in looks:
             lab = color(model, gray, z, palettes, args.refine, args.strength)  # (1, 3, h, w)
-            result = to_picture(lab_to_gamut(lab)[0]) if args.raw else join(photo, lab)
-            files.save(result, f"{path.stem}_{name}")
+            # (No name for the result: it would keep the memory of a large picture while the next one is made.)
+            files.save(join(photo, lab) if not args.raw else to_picture(lab_to_gamut(lab)[0]),
+                       f"{path.stem}_{name}")
+        del photo  # likewise
 
 
 def color_grid(model, photos, styles, files, size, args):
@@ -609,7 +614,7 @@ def main(argv=None):
     if args.blend and len(args.blend) != len(style_paths):
         raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles "
                         "go behind --styles")
-    # Everything that can be wrong is found out before the first picture is made: to fail after an hour at
+    # What can be known to be wrong is found out before the first picture is made: to fail after an hour at
     # the last of a thousand photos would be worse than to fail now.
     weights = {"ours": SHIPPED, "paper": PAPER}.get(args.weights, args.weights)
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
@@ -627,6 +632,7 @@ def main(argv=None):
         if len(style_paths) == 1 and mean_chroma(picture) < 1 and not args.latents:
             print(f"infer.py: {printable(path)} is gray, and so will be the result; the style comes last",
                   file=sys.stderr)
+        del picture
     if not styles or (args.blend and files.failures):
         return 1
     if args.latents:

@@ -136,8 +136,8 @@ class Colorizer(nn.Module):
         down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
         up = [8 * w, 4 * w, 2 * w, w]                        # channels that the four decoder stages receive
 
-        # Encoder. Channels double where sides are halved. The two deepest stages, whose maps are small, have 4
-        # convolutions, the others 2.
+        # Encoder. Channels double where sides are halved. The two deepest stages, whose maps are small, have
+        # 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
             conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
         # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
@@ -197,7 +197,7 @@ class Colorizer(nn.Module):
         for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=len(self.encoder)):
             x = self.restyle(up(x), z, i)                                       # (B, C, 2H, 2W)
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
-            x = self.dropout(block(x))                                          # (B, C/2, 2H, 2W); the last keeps C
+            x = self.dropout(block(x))                                          # (B, C/2, 2H, 2W), at last C
         # A 1x1 convolution makes the colors of each pixel from its w features and its gray value.
         out = self.head(torch.cat([x, gray], dim=1))                            # (B, 3 or 2, H, W)
         if self.config.space == "rgb":

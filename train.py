@@ -15,7 +15,8 @@ The rest handles settings, files and processes: `Settings`, `Run` (a folder for 
 checkpoints) and `Processes` (several GPUs; with one process it does nothing). A run's folder (--output) holds
 last.pt, best.pt, log.csv, loss.png and samples/. Every random number is a function of (seed, step) or (seed,
 epoch, picture): so a resumed run needs no saved random state, and goes on exactly as if it had never stopped
-(with --minutes and a falling learning rate, that rate still follows the clock).
+(with --minutes, a warmup and a falling learning rate still follow the clock; several processes differ in
+the last bits).
 """
 import csv
 import io
@@ -157,9 +158,13 @@ def parse(argv):
         add("--" + f.name.replace("_", "-"), default=SUPPRESS, help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))  # {"batch_size": 8, ...}, only what was typed
     preset, resume, dry_run = given.pop("preset"), given.pop("resume"), given.pop("dry_run")
-    # The bounds of each setting, and what does not go together, before anything is read or built.
+    if resume and dry_run:
+        parser.error("--dry-run begins anew; it does not go together with --resume")
+    # The bounds of each setting, and what does not go together, before anything is read or built. (A resumed
+    # run has settings of its own, which Run reads and checks.)
     try:
-        Settings(**{**PRESETS[preset or "final"], **given}).check()
+        if not resume:
+            Settings(**{**PRESETS[preset or "final"], **given}).check()
     except ValueError as error:
         parser.error("--" + str(error).replace("_", "-"))
     return preset, given, resume, dry_run
@@ -225,7 +230,7 @@ class Recipe:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            palette = palette_loss(other, rgb.roll(-1, 0)[:half], s.space, offset) / 2  # of half the pictures
+            palette = palette_loss(other, style.roll(-1, 0)[:half], s.space, offset) / 2  # of half of them
             losses = {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
@@ -270,6 +275,8 @@ def train_step(model, recipe, optimizers, lr, batches, seeds, processes):
         for batch, seed in zip(batches, seeds):
             (recipe.losses(model, batch, seed)["style_loss"] / len(batches)).backward()
         processes.average([p.grad for p in model.parameters() if p.grad is not None])
+        if recipe.s.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.s.clip)
         optimizers[1].param_groups[0]["lr"] = lr / 10
         optimizers[1].step()
     return means(values)
@@ -390,8 +397,9 @@ def train(preset, given, resume, dry_run):
     print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training"
           f" and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress() >= 1:
+        limit = "minutes" if run.seconds >= 60 * s.minutes > 0 else "steps" if s.steps else "epochs"
         print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give "
-              "it more with --steps, --epochs or --minutes")
+              f"it more with --{limit} (now {getattr(s, limit):g})")
         return 0
 
     # Endless training batches, every process taking its own.
@@ -508,6 +516,7 @@ class Run:
     saved            the checkpoint that it goes on from, or None
     recent           losses of the steps since the last row
     printed          when the last line was printed, and at which step
+    found            when the last.pt in its folder was written, as it was found at the start
     passes, per_step, limit  forward passes and pictures in a step, steps of the whole run (plan sets them)
     """
 
@@ -516,6 +525,9 @@ class Run:
         self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
         self.rows, self.history, self.saved = [], [], None
+        if dry_run:
+            self.folder = self.folder / "dry-run"
+        self.found = self.last_saved()
         # Any of these files is a run, also when last.pt was lost: to start anew here would overwrite best.pt.
         if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
             if not resume:
@@ -530,11 +542,15 @@ class Run:
             self.s = Settings(**{**before, **given}).check()
         except ValueError as error:  # in the file; or the given ones do not go together with those of the run
             raise UserError(f"cannot go on: {error}; or a new run with --init last.pt", self.folder) from None
-        if dry_run:  # one step and one validation batch, in a folder of its own
+        if dry_run:  # one step and one validation batch
             self.s.steps, self.s.val_size = 1, min(self.s.val_size or 16, 16)
-            self.folder = self.folder / "dry-run"
         self.started = time.monotonic()
         self.recent, self.printed = [], (self.started, 0)
+
+    def last_saved(self):
+        """When last.pt was written, in nanoseconds; 0 if there is none."""
+        last = self.folder / "last.pt"
+        return last.stat().st_mtime_ns if last.exists() else 0
 
     def restore(self, preset, optimizers):
         """Go back to where last.pt ends. Raises UserError for no run of ours or another preset."""
@@ -562,6 +578,10 @@ class Run:
         self.started -= self.seconds  # the clock goes on where the last session ended
         changes = [f"{k} {v!r:.200} -> {vars(self.s)[k]!r:.200}" for k, v in saved["settings"].items()
                    if v != vars(self.s).get(k, v) and k != "output"]
+        # The lowest validation loss so far says nothing when the loss is another one, or its photos are.
+        judged = "mse", "lpips", "lpips_net", "palette", "size", "data", "val_size", "seed"
+        if any(saved["settings"][k] != getattr(self.s, k) for k in judged if k in saved["settings"]):
+            self.best = math.inf
         if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
             print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
             self.history.append({"until step": self.step, "settings": saved["settings"]})
@@ -579,8 +599,11 @@ class Run:
                 os.lockf(self.lock_file.fileno(), os.F_TLOCK, 0)
         except BlockingIOError:
             raise UserError("another train.py is at work here; use another --output", self.folder) from None
-        for part in self.folder.glob("**/.part-*"):  # what a killed run was writing
-            part.unlink()
+        # It may have gone on, and ended, while this one read its data.
+        if self.last_saved() != self.found:
+            raise UserError("another train.py was at work here until now; run again", self.folder)
+        for part in [*self.folder.glob(".part-*"), *self.folder.glob("samples/.part-*")]:
+            part.unlink()  # what a killed run was writing
 
     def plan(self, pictures, passes):
         """How long? A step is `passes` forward passes, and the training set has so many pictures."""

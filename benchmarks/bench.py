@@ -54,7 +54,7 @@ def peak(*arguments):
     """Peak memory in MB, and seconds, of a Python process of its own."""
     # A process inherits the peak of the one that starts it; so a small one stands between.
     small = ("import os, subprocess, sys; p = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL); "
-             "print(os.wait4(p.pid, 0)[2].ru_maxrss)")
+             "_, status, usage = os.wait4(p.pid, 0); print(usage.ru_maxrss); sys.exit(status != 0)")
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-S", "-c", small, sys.executable, *map(str, arguments)],
                           capture_output=True, text=True, check=True)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
-from data import (box_mean, crop_square, gray_of, lab_to_gamut, list_pictures, open_picture,  # noqa: E402
+from data import (UserError, box_mean, crop_square, gray_of, lab_to_gamut, list_pictures, open_picture,  # noqa: E402
                   resize_short_side, rgb_to_lab, run_program, to_picture, to_tensor)
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
@@ -217,12 +217,12 @@ def measure(color, photos, facts, styles, pairs, large, lpips):
         hue.append(np.minimum(*map(hue_histogram, both)).sum())
         coherent.append(coherence(both[0], facts[i]))
     (W, W_gray), (c_out, c_style) = np.sum(distances, axis=0), np.sum(chroma, axis=0)
-    with np.errstate(all="ignore"):  # gray outputs have no deviation to correlate
+    result |= {"transfer": 1 - W / W_gray, "chroma": c_out / c_style, "hue": np.mean(hue)}
+    # What a gray picture has in a, b is rounding: nothing to correlate, and nothing that could be coherent.
+    if c_out > .1 * len(pairs):
         corr = np.corrcoef(np.array(means).T)
-    result |= {"transfer": 1 - W / W_gray, "corr a": corr[0, 1], "corr b": corr[2, 3], "chroma": c_out / c_style,
-               "hue": np.mean(hue)}
-    # What a gray picture has in a, b is rounding: nothing whose coherence could be measured.
-    return result | (quotients(coherent) if c_out > .1 * len(pairs) else {})
+        result |= {"corr a": corr[0, 1], "corr b": corr[2, 3]} | quotients(coherent)
+    return result
 
 
 def main():
@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--refine", type=float, nargs="*", default=[0., infer.REFINE],
                         help="as in infer.py, a row each")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
-    parser.add_argument("--limit", type=int, help="only so many photos, evenly spread over the folder")
+    parser.add_argument("--limit", type=int, help="only so many photos, every second, third or so of the folder")
     parser.add_argument("--large", help="folder of photos for the column edges")
     args = parser.parse_args()
     photos = list_pictures(args.photos)
@@ -244,6 +244,9 @@ def main():
     photos = [crop_square(open_picture(p), SIZE) for p in photos]
     styles = [crop_square(open_picture(p), SIZE) for p in list_pictures(args.paintings)]
     large = [p for p in map(open_picture, list_pictures(args.large)) if min(p.size) >= LARGE] if args.large else []
+    for folder, found in ((args.photos, photos), (args.paintings, styles)):
+        if not found:
+            raise UserError("no pictures here", folder)
     pairs = [(i, (i * args.pairs + k) % len(styles)) for i in range(len(photos)) for k in range(args.pairs)]
     lpips = LPIPS("alex", load_trunk("alex", args.lpips_weights))
     print(f"{len(photos)} photos, {len(pairs)} pairs with {len(styles)} paintings, {len(large)} large photos\n")
@@ -253,7 +256,7 @@ def main():
     tell("the photos", quotients([coherence(lab[:, 1:], fact) for lab, fact in zip(labs, facts)]))
     candidates = {"left gray": leave_gray, "mean color": mean_color}
     for path in args.weights:
-        candidates |= {f"{Path(path).name} --refine {amount:g}": network(path, amount) for amount in args.refine}
+        candidates |= {f"{path} --refine {amount:g}": network(path, amount) for amount in args.refine}
     for name, color in candidates.items():
         tell(name, measure(color, photos, facts, styles, pairs, large, lpips))
 

@@ -29,7 +29,7 @@ LOGS = TOP / "experiments" / "logs"
 sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
 import variants  # noqa: E402 (beside this file)
-from data import (crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
+from data import (UserError, crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
                   resize_short_side, run_program, to_picture, to_tensor)
 from figures import strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
@@ -90,7 +90,10 @@ def load(folder):
 @torch.no_grad()
 def row(name, folder, photos, paintings):
     """Print a run's row of the table."""
-    log = read_log(folder / "log.csv")[-1]
+    log = [row for row in read_log(folder / "log.csv") if row.get("val_loss")]  # a stopped run ends without
+    if not log:
+        return
+    log = log[-1]
     model, size = load(folder)
     space, use_style = model.config.space, model.config.use_style
     squares = [crop_square(p, size) for p in photos]
@@ -174,6 +177,8 @@ def main():
         return draw(runs, args.figures)
     photos, paintings = ([open_picture(p) for p in list_pictures(folder)[:100]]
                          for folder in (args.photos, args.paintings))
+    if not (runs and photos and paintings):
+        raise UserError("RUNS, PHOTOS or PAINTINGS: nothing is there")
     print("| run | parameters | pictures | train loss | val loss | psnr | psnr L | transfer | spread | alive | listens "
           "| grid |\n" + "|---" * 12 + "|")
     for name, folder in runs.items():

@@ -100,8 +100,8 @@ def main(argv=None):
     names = tuple(args.names.split(","))
     if not set(names) <= set(NAMES):
         parser.error(f"the variants are {', '.join(NAMES)}")
-    preset, given, *_ = train.parse(args.arguments)
-    folder = Path(given.get("output") or f"runs/{preset or 'final'}")
+    preset, given, _, dry_run = train.parse(args.arguments)
+    folder = Path(given.get("output") or f"runs/{preset or 'final'}", "dry-run" if dry_run else "")
     if (folder / "last.pt").exists() and set(of_run(folder)) != set(names):
         raise UserError("is a run of other variants; choose another --output", folder)
     save_atomically(folder / FILE, lambda part: part.write_text(" ".join(names) + "\n"))

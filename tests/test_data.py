@@ -246,6 +246,16 @@ def test_a_plain_folder_is_split_by_seed_alone(tmp_path):
     assert two == val[:2] and len(few) == 4 and not set(few) & set(two)
 
 
+def test_gray_pictures_do_not_stand_in_for_those_held_back(tmp_path):
+    names = {paint(tmp_path / f"{i}.png", c) for i, c in enumerate(colors(6))}
+    for i in range(6, 40):
+        paint(tmp_path / f"{i}.png", (90, 90, 90))
+    for seed in range(20):  # 34 of 40 are gray: the first one is mostly one of them
+        train, val = data.find_data(tmp_path, 0, 1, seed)
+        assert len(val) == 1 and not set(val) & set(train) and set(train + val) <= names and train
+        assert data.find_data(tmp_path, 2, 1, seed)[1] == val
+
+
 def test_train_and_val_folders_are_taken_as_they_are(tmp_path, monkeypatch):
     folder = tmp_path / "data" / "imagenette2-160"
     for i, color in enumerate(colors(6)):

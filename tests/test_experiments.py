@@ -204,3 +204,22 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     train.main([*TINY, "--steps", "1", "--output", str(tmp_path / "plain")])
     with pytest.raises(UserError, match="other variants"):
         variants.main(["relu", "--", *TINY, "--steps", "2", "--resume", "--output", str(tmp_path / "plain")])
+    # A dry run leaves no mark that a plain run would find.
+    variants.main(["relu", "--", *TINY, "--dry-run", "--output", str(tmp_path / "new")])
+    assert variants.of_run(tmp_path / "new") == () and variants.of_run(tmp_path / "new" / "dry-run") == ("relu",)
+
+
+def test_runs_that_were_stopped_show_their_last_validation_and_an_empty_folder_is_told(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    train.main([*TINY, "--steps", "1", "--output", str(runs / "one")])
+    shutil.copytree(runs / "one", runs / "none")
+    head, values = (runs / "one" / "log.csv").read_text().splitlines()
+    stopped = ",".join(v if n in ("step", "pictures", "seconds", "train_loss") else "" for n, v in
+                       zip(head.split(","), values.split(",")))
+    (runs / "one" / "log.csv").write_text(f"{head}\n{values}\n{stopped}\n")
+    (runs / "none" / "log.csv").write_text(f"{head}\n{stopped}\n")
+    [row] = table(runs, monkeypatch, capsys)
+    assert row["run"] == "one" and row["val loss"] == f"{float(dict(zip(head.split(','), values.split(',')))['val_loss']):.4f}"
+    monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "nothing"), "-", "-"])
+    with pytest.raises(UserError, match="nothing is there"):
+        experiments.main()

@@ -443,9 +443,19 @@ def test_every_ending_that_the_help_names_is_written_in_its_format(place, ending
     expected = {"jpg": "JPEG", "tif": "TIFF"}.get(ending[1:], ending[1:].upper())
     with Image.open(f"x{ending}") as picture:
         assert picture.format == expected and picture.size == (90, 61)
-        # In color: jpeg and avif keep it at full resolution, gif has 256 colors.
+        # In color; gif has 256 colors.
         assert rgb_to_lab(to_tensor(picture.convert("RGB"))[None] / 255)[:, 1:].norm(dim=1).mean() > 3
     assert not list(Path().glob(".part*"))
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".webp", ".avif"])
+def test_colors_are_stored_at_the_full_size_of_the_picture(tmp_path, monkeypatch, ending):
+    """Red and green columns, a pixel wide: at half the size they would all become brown."""
+    monkeypatch.chdir(tmp_path)
+    columns = np.zeros((32, 32, 3), np.uint8)
+    columns[:, ::2, 0], columns[:, 1::2, 1] = 200, 120
+    infer.Files(f"x{ending}", [], 1).save(Image.fromarray(columns), "")
+    assert np.abs(np.asarray(Image.open(f"x{ending}").convert("RGB")).astype(int) - columns).mean() < 12
 
 
 def test_an_output_with_an_ending_in_capitals_is_a_file(place):
@@ -552,6 +562,8 @@ def test_failures_are_one_line_with_exit_code_1_and_leave_nothing_behind(place, 
     ("photos/gray.png styles/a.png --blend x", "--blend: invalid numbers value"),
     ("photos/gray.png styles/a.png --blend 1,-1", "--blend takes numbers"),
     ("photos/gray.png styles/a.png --blend 1,nan", "--blend takes numbers"),
+    ("photos/gray.png styles/a.png --styles styles/a.png --blend 1000,-999", "--blend takes numbers"),
+    ("styles --latents --raw", "--latents"), ("styles --latents --blend 1,1", "--latents"),
     ("photos/gray.png styles/a.png --size 2", "--size must be"),
     ("photos/gray.png styles/a.png --strength -1", "--strength must be"),
     ("photos/gray.png styles/a.png --strength nan", "--strength must be"),

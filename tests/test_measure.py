@@ -11,7 +11,7 @@ from PIL import Image
 
 import infer
 import measure
-from data import draw_scene, rgb_to_lab
+from data import UserError, draw_scene, rgb_to_lab
 from losses import LPIPS, load_trunk
 from model import Colorizer, ModelConfig
 
@@ -205,7 +205,7 @@ def test_a_copy_of_the_photo_has_the_best_values_and_the_photos_own_coherence(ra
     own = measure.quotients([measure.coherence(lab[:, 1:], f) for lab, f in zip(labs, facts)])
     assert {c: result[c] for c in own} == own and own["mix"] < .2
     gray = measure.measure(measure.leave_gray, photos, facts, photos, pairs, [], lpips)
-    assert gray["transfer"] == pytest.approx(0, abs=.01) and gray.keys() == result.keys() - own.keys() - {"edges"}
+    assert gray["transfer"] == pytest.approx(0, abs=.01) and gray.keys() == result.keys() - own.keys() - {"edges", "corr a", "corr b"}
 
 
 @pytest.mark.parametrize("amount", [0, .5])
@@ -224,7 +224,9 @@ def test_the_table(tmp_path, capsys, monkeypatch, random_alexnet):
         (tmp_path / "photos").mkdir(exist_ok=True)
         draw_scene(n, 500, 150 + 125 * n).save(tmp_path / "photos" / f"{n}.png")        # short sides 150, 275, 400
     command = ["measure.py", str(tmp_path / "photos"), str(Path(infer.__file__).parent / "examples"), "--refine", "0",
-               "--lpips-weights", random_alexnet, "--weights", checkpoint(tmp_path / "net.pt"), "--pairs", "1"]
+               "--lpips-weights", random_alexnet, "--pairs", "1"]
+    nets = [checkpoint(tmp_path / name) for name in ("a.pt", "b.pt")]
+    command += ["--weights", *map(str, nets)]
 
     def rows(*more):
         monkeypatch.setattr("sys.argv", [*command, *more])
@@ -235,10 +237,15 @@ def test_the_table(tmp_path, capsys, monkeypatch, random_alexnet):
 
     first, table = rows("--large", str(tmp_path / "photos"))
     assert first == "3 photos, 3 pairs with 8 paintings, 1 large photos"
-    assert list(table) == ["the photos", "left gray", "mean color", "net.pt --refine 0"]
+    assert list(table) == ["the photos", "left gray", "mean color", *(f"{net} --refine 0" for net in nets)]
     assert {c for c, v in table["the photos"].items() if v != "-"} == {"position", "mix", "wash", "by lightness"}
-    assert {c for c, v in table["left gray"].items() if v == "-"} == {"position", "mix", "wash", "by lightness"}
-    assert "-" not in table["net.pt --refine 0"].values()
+    assert {c for c, v in table["left gray"].items() if v == "-"} == {
+        "corr a", "corr b", "position", "mix", "wash", "by lightness"}
+    assert "-" not in table[f"{nets[0]} --refine 0"].values()
     assert rows("--large", str(tmp_path / "photos"))[1] == table                        # every digit again
     first, table = rows("--limit", "2")
     assert first.startswith("2 photos, 2 pairs") and table["mean color"]["edges"] == "-"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("sys.argv", [command[0], command[1], str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="empty: no pictures"):
+        measure.main()

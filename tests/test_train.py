@@ -200,13 +200,58 @@ def test_a_run_that_is_used_up_says_so_and_stays_as_it_is(tmp_path, capsys):
     go(*TINY, "--epochs", 1, "--output", run)                                          # 24 pictures, 4 a step
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     capsys.readouterr()
-    for more in ([], ["--steps", 5], ["--steps", 6], ["--epochs", 1], ["--minutes", "1e-6"]):
+    for more, limit in [([], "--epochs (now 1)"), (["--steps", 5], "--steps (now 5)"), (["--steps", 6], "--steps (now 6)"),
+                        (["--epochs", 1], "--epochs (now 1)"), (["--minutes", "1e-6"], "--minutes (now 1e-06)")]:
         assert go("--output", run, "--resume", *more) == 0
         out = capsys.readouterr().out
-        assert "nothing to do" in out and "6 steps" in out and "done:" not in out
+        assert "nothing to do" in out and "6 steps" in out and "done:" not in out and out.rstrip().endswith(limit)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     go("--output", run, "--resume", "--epochs", 2)
     assert saved(run)["step"] == 12
+
+
+def test_after_a_change_of_the_loss_the_best_checkpoint_is_chosen_anew(tmp_path):
+    run = tmp_path / "run"
+    go(*TINY, "--steps", 4, "--output", run)
+    first = saved(run)["best"]
+    go("--output", run, "--resume", "--steps", 8, "--val-every", 8)                    # the same loss
+    assert saved(run)["best"] <= first
+    go("--output", run, "--resume", "--steps", 12, "--mse", 1000)                      # a thousand times as large
+    assert saved(run)["best"] > 10 * first and saved(run, "best.pt")["step"] == 12
+
+
+def test_a_run_that_went_on_while_this_one_read_its_data_is_not_overwritten(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    go(*TINY, "--steps", 1, "--output", run)
+    find_data = train.find_data
+
+    def and_another_one_trains(*arguments):
+        monkeypatch.setattr(train, "find_data", find_data)
+        go("--output", run, "--resume", "--steps", 3)
+        return find_data(*arguments)
+    for options in (["--resume"], []):
+        monkeypatch.setattr(train, "find_data", and_another_one_trains)
+        with pytest.raises(UserError, match="until now; run again|already holds a run"):
+            go(*TINY, "--steps", 9, "--output", run, *options)
+        assert saved(run)["step"] == 3
+
+
+def test_what_a_killed_run_was_writing_is_removed_and_nothing_else(tmp_path):
+    run = tmp_path / "run"
+    for name in (".part-1.pt", "samples/.part-2.png", "mine/.part-notes.txt"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    go(*TINY, "--steps", 1, "--output", run)
+    assert [p.name for p in run.rglob(".part-*")] == [".part-notes.txt"]
+
+
+def test_resume_is_judged_by_the_settings_of_the_run(tmp_path):
+    run = tmp_path / "run"
+    go(*TINY, "--palette", 1, "--steps", 1, "--output", run)
+    go("--output", run, "--resume", "--mse", 0, "--steps", 2)                          # palette alone is left
+    assert saved(run)["step"] == 2
+    with pytest.raises(UserError, match="must not be 0 when mse and palette are"):
+        go("--output", run, "--resume", "--palette", 0, "--steps", 3)
 
 
 def test_resume_with_another_preset_is_refused(tmp_path):
@@ -444,6 +489,24 @@ def test_a_step_on_two_batches_follows_the_mean_of_their_gradients():
     assert loss == pytest.approx((first + second) / 2) and (moved - (a + b) / 2).norm() < 1e-4 * moved.norm()
 
 
+def test_with_pair_and_foreign_styles_the_palette_is_that_of_the_style_whose_code_is_used(monkeypatch):
+    recipe, model, batches = learner(pair=.1, palette=1., style_from="other")
+    asked, (_, rgb, style) = [], batches[0]
+    monkeypatch.setattr(train, "palette_loss", lambda out, wanted, *_: asked.append(wanted) or out.mean())
+    recipe.losses(model, batches[0], seed=0)
+    assert torch.equal(asked[-1], style[1:]) and not torch.equal(asked[-1], rgb[1:])   # two pictures; half is one
+
+
+def test_clip_shortens_the_second_gradient_of_dual_as_well():
+    def last_step(clip):
+        recipe, model, batches = learner(clip=clip, style_loss="dual", style_from="other")
+        optimizers = [torch.optim.SGD(model.parameters(), lr=9.) for _ in range(2)]
+        train.train_step(model, recipe, optimizers, 1e-9, batches, (0, 1), ALONE)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    free = last_step(0.)
+    assert last_step(free / 3) == pytest.approx(free / 3, rel=1e-3)
+
+
 def test_clip_shortens_a_long_gradient_and_leaves_a_short_one():
     def length(clip):
         recipe, model, batches = learner(clip=clip)
@@ -510,7 +573,7 @@ def test_overfitting_eight_scenes_and_swapping_their_styles_swaps_the_colors(tmp
     ("--dropout 1", "--dropout"), ("--preset nonsense", "--preset"), ("--mse 0 --lpips 0", "--lpips must not be 0"),
     ("--no-use-style --style-loss dual", "needs a style encoder"), ("--preset unet --pair 1", "needs a style encoder"),
     ("--style_loss dual", "did you mean --style-loss?"), ("--ouput runs/x", "did you mean --output?"),
-    ("--preset hue-rotation", "ours"), ("runs/x", "runs/x")])
+    ("--preset hue-rotation", "ours"), ("runs/x", "runs/x"), ("--resume --dry-run", "--dry-run")])
 def test_usage_errors_are_one_line_with_exit_code_2(arguments, words, capsys):
     code, text = outcome(*arguments.split(), program=train, capsys=capsys)
     assert code == 2 and text.count("\n") == 1 and words in text and "usage:" not in text

@@ -103,6 +103,8 @@ FILES = [  # name, picture, how to save it, color of the left half, of the right
     ("i32_of_8.tif", Image.fromarray(halves(40, 210, np.int32)), {}, [40] * 3, [210] * 3, 0),
     ("f_to_1.tif", Image.fromarray(halves(.2, .8, np.float32)), {}, [51] * 3, [204] * 3, 0),
     ("f_to_255.tif", Image.fromarray(halves(40, 210, np.float32)), {}, [40] * 3, [210] * 3, 0),
+    ("f_above_1.tif", Image.fromarray(halves(.2, 1.4, np.float32)), {}, [51] * 3, [255] * 3, 0),
+    ("f_inf.tif", Image.fromarray(halves(.2, np.inf, np.float32)), {}, [51] * 3, [255] * 3, 0),
     ("f_nan.tif", Image.fromarray(halves(np.nan, .8, np.float32)), {}, [0] * 3, [204] * 3, 0)]
 
 
