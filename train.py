@@ -241,21 +241,20 @@ class Recipe:
         return losses
 
 
-def train_step(model, recipe, optimizers, lr, batches, seeds, processes):
-    """One step of the optimizer on one or more batches (--accumulate) -> the means of the losses, as numbers.
+def train_step(model, recipe, optimizer, lr, batches, seeds, processes, minimized="train_loss"):
+    """One step of an optimizer on one or more batches (--accumulate) -> the means of the losses, as numbers.
 
-    batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each; optimizers: one, or two for
-    solution 2 of section 3.2; lr: the learning rate; processes: averages the gradients of several GPUs, does
-    nothing for one.
+    lr: the learning rate; batches: (gray, rgb, style) as Recipe.prepare gives them; seeds: one for each;
+    processes: averages the gradients of several GPUs, does nothing for one; minimized: the name of the loss
+    that the step lowers, of those that Recipe.losses returns.
     """
-    optimizer, values = optimizers[0], []
-
     # Forward and backward. backward() adds to the gradients that are there: after the last batch they hold
     # the mean over the batches, as each loss was divided by their number. Then the mean over processes.
     optimizer.zero_grad()
+    values = []
     for batch, seed in zip(batches, seeds):
         losses = recipe.losses(model, batch, seed)
-        (losses["train_loss"] / len(batches)).backward()
+        (losses[minimized] / len(batches)).backward()
         # item() waits for the GPU: so only here, after backward().
         values.append({name: loss.item() for name, loss in losses.items()})
     processes.average([p.grad for p in model.parameters() if p.grad is not None])
@@ -267,18 +266,6 @@ def train_step(model, recipe, optimizers, lr, batches, seeds, processes):
     # Step: Adam moves every weight against its gradient, by about lr.
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
-
-    # Section 3.2, solution 2: forward, backward and step again, for the style loss alone. (Forward again,
-    # because the weights have just changed.) Its learning rate is a tenth.
-    if recipe.s.style_loss == "dual":
-        optimizers[1].zero_grad()
-        for batch, seed in zip(batches, seeds):
-            (recipe.losses(model, batch, seed)["style_loss"] / len(batches)).backward()
-        processes.average([p.grad for p in model.parameters() if p.grad is not None])
-        if recipe.s.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.s.clip)
-        optimizers[1].param_groups[0]["lr"] = lr / 10
-        optimizers[1].step()
     return means(values)
 
 
@@ -437,7 +424,10 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         lr = learning_rate(s, run.step, progress)
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
-        values = train_step(model, recipe, optimizers, lr, batches, seeds, processes)
+        values = train_step(model, recipe, optimizers[0], lr, batches, seeds, processes)
+        # Section 3.2, solution 2: a second step, for the style loss alone, at a tenth of the rate.
+        if s.style_loss == "dual":
+            train_step(model, recipe, optimizers[1], lr / 10, batches, seeds, processes, "style_loss")
         run.step += 1
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
