@@ -55,6 +55,9 @@ TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING
             "wide": [(run, run, "val_spread", color) for run, color in WIDE.items()],
             "unet": [(column, "unet-long", column, color) for column, color in UNET.items()],
             "combined": [(column, "combined-long", column, color) for column, color in COMBINED.items()],
+            "solutions": [("combined", "combined-long", "val_listens", "steelblue"),
+                          ("combined authors", "combined-authors-long", "val_listens", "darkorange"),
+                          ("dual", "dual-long", "val_listens", "firebrick")],
             # "MSE and LPIPS together".
             "terms": [("both", "final-long", "val_transfer", "steelblue"),
                       ("MSE alone", "mse-long", "val_transfer", "darkorange"),

@@ -72,7 +72,8 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     experiments.main()
     assert {p.name for p in (tmp_path / "f").iterdir()} == {
         "experiments.jpg", "codes.png", "grid.png", "listens.png", "spread.png", "scarcity.png", "longest.png",
-        "wide.png", "terms.png", "unet.png", "combined.png", "latents.png"}  # the last three from the logs that are kept
+        "wide.png", "terms.png",
+        "unet.png", "combined.png", "solutions.png", "latents.png"}  # these four from the logs that are kept
     assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
     for figure in ("spread", "scarcity", "longest", "wide"):  # steelblue is the color of "own", "width16", train_loss, "wide2000"
         pixels = np.asarray(Image.open(tmp_path / "f" / f"{figure}.png").convert("RGB")).reshape(-1, 3)
