@@ -589,7 +589,7 @@ class Run:
                 os.lockf(self.lock_file.fileno(), os.F_TLOCK, 0)
         except BlockingIOError:
             raise UserError("another train.py is at work here; use another --output", self.folder) from None
-        # It may have gone on, and ended, while this one read its data.
+        # Another one may have trained here, and ended, while this one read its data.
         if self.last_saved() != self.found:
             raise UserError("another train.py was at work here until now; run again", self.folder)
         for part in [*self.folder.glob(".part-*"), *self.folder.glob("samples/.part-*")]:
