@@ -286,13 +286,13 @@ def drop_gray_and_broken(paths, limit):
     """
     kept, gray, broken = [], [], []
     for path in paths:
-        if len(kept) == limit:  # a small limit need not read the whole folder
-            break
         try:
             chroma = mean_chroma(open_picture(path, at_least=32))
             (gray if chroma < MIN_CHROMA else kept).append(path)
         except UserError as error:
             broken.append(str(error))
+        if len(kept) == limit:  # a small limit need not read the whole folder; an iterator keeps the rest
+            break
     if gray:
         print(f"left out {len(gray)} gray pictures (mean chroma below {MIN_CHROMA:g})", file=sys.stderr)
     if broken:
@@ -319,12 +319,11 @@ def find_data(source, train_size, val_size, seed):
     rng = np.random.default_rng(seed)
     for paths in lists:  # a limited train_size is a random choice, and not the first folder's pictures
         rng.shuffle(paths)
-    # Either the folder says itself what is for validation, or a fifth of it at most is held back.
-    train, val = lists if split else (lists[0], lists[0])
-    val = drop_gray_and_broken(val, val_size if split else min(val_size, math.ceil(len(val) / 5)))
-    if val and not split:
-        train = train[train.index(val[-1]) + 1:]
-    train = drop_gray_and_broken(train, train_size)
+    # Either the folder says itself what is for validation, or a fifth of it at most is held back: both then
+    # read from one iterator, so training goes on where validation has stopped.
+    train, val = lists if split else [iter(lists[0])] * 2
+    n = val_size if split else min(val_size, math.ceil(len(lists[0]) / 5))
+    val, train = drop_gray_and_broken(val, n), drop_gray_and_broken(train, train_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
             raise UserError(f"needs {'one' if split else 'two'} readable pictures in color at least "

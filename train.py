@@ -566,15 +566,15 @@ class Run:
         if preset not in (None, self.preset):
             raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
         self.started -= self.seconds  # the clock goes on where the last session ended
-        changes = [f"{k} {v!r:.200} -> {vars(self.s)[k]!r:.200}" for k, v in saved["settings"].items()
-                   if v != vars(self.s).get(k, v) and k != "output"]
+        old, new = saved["settings"], vars(self.s)
+        changed = [name for name in old if old[name] != new.get(name, old[name]) and name != "output"]
         # The lowest validation loss so far says nothing when the loss is another one, or its photos are.
-        judged = "mse", "lpips", "lpips_net", "palette", "size", "data", "val_size", "seed"
-        if any(saved["settings"][k] != getattr(self.s, k) for k in judged if k in saved["settings"]):
+        if {"mse", "lpips", "lpips_net", "palette", "size", "data", "val_size", "seed"} & set(changed):
             self.best = math.inf
-        if changes:  # it is another run from here on; say so, and keep a note of it in the checkpoints
-            print(f"other settings from step {self.step} on: {', '.join(changes)}", file=sys.stderr)
-            self.history.append({"until step": self.step, "settings": saved["settings"]})
+        if changed:  # it is another run from here on; say so, and keep a note of it in the checkpoints
+            changes = ", ".join(f"{name} {old[name]!r:.200} -> {new[name]!r:.200}" for name in changed)
+            print(f"other settings from step {self.step} on: {changes}", file=sys.stderr)
+            self.history.append({"until step": self.step, "settings": old})
 
     def lock(self):
         """Refuse a folder in which another run is at work. The lock ends with this process, in any case.

@@ -93,10 +93,10 @@ def load(folder):
 @torch.no_grad()
 def row(name, folder, photos, paintings):
     """Print a run's row of the table."""
-    log = [row for row in read_log(folder / "log.csv") if row.get("val_loss")]  # a stopped run ends without
-    if not log:
+    validated = [r for r in read_log(folder / "log.csv") if r.get("val_loss")]  # a stopped run's last row is not
+    if not validated:
         return
-    log = log[-1]
+    log = validated[-1]
     model, size = load(folder)
     space, use_style = model.config.space, model.config.use_style
     squares = [crop_square(p, size) for p in photos]
