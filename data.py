@@ -15,6 +15,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import logging
 import math
 import os
 import shutil
@@ -140,8 +141,8 @@ def sliced_wasserstein(ab, other, n, offset=0.):
 
     A palette is a cloud of points in the (a, b) plane; where a color stands in the picture does not matter.
     The distance of two sets of numbers is the mean difference of the sorted numbers. For points in the plane,
-    this is taken along n evenly spaced directions and averaged; offset, in [0, 1], rotates the directions by
-    that part of their spacing. Both palettes need equally many pixels.
+    this is taken along n evenly spaced directions and averaged; an offset of .5 turns all of them by half of
+    the angle between two neighbors. Both palettes need equally many pixels.
     """
     angle = (torch.arange(n, device=ab.device) + offset) * (math.pi / n)
     along = torch.stack([angle.cos(), angle.sin()])                             # (2, n)
@@ -163,7 +164,7 @@ def box_mean(x, radius):
 
 # ---- files -> pictures ------------------------------------------------------------------------------------
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+EXTENSIONS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 # Pillow knows none of these. In a folder they are counted, so that nobody wonders where they are.
 CONVERT_FIRST = {".heic", ".heif", ".pdf", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".svg"}
 MAX_PIXELS = 128_000_000   # a larger header is taken for a decompression bomb; cameras stay below
@@ -171,6 +172,7 @@ MIN_CHROMA = 4.0                                            # mean chroma under 
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this, and warns above it
 warnings.filterwarnings("ignore", module="PIL")    # of large pictures, and of every odd EXIF tag
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def open_picture(path, at_least=None):
@@ -206,8 +208,9 @@ def to_rgb(picture):
     if picture.mode == "F" or picture.mode.startswith("I"):
         # Pillow would cut these off at 255. 16-bit pictures ("I;16" and the like) have values to 65535, float
         # ones usually to 1 or a little above; a plain "I" may hold either 8 or 16 bits.
-        x = np.nan_to_num(np.asarray(picture).astype(np.float32), posinf=1)
-        top = 65535 if x.max() > 255 or picture.mode not in ("F", "I") else 255
+        x = np.asarray(picture).astype(np.float32)
+        x = np.nan_to_num(x, posinf=np.max(x, initial=1, where=np.isfinite(x)))
+        top = max(65535, x.max()) if x.max() > 255 or picture.mode not in ("F", "I") else 255
         top = 1 if picture.mode == "F" and x.max() < 10 else top
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
@@ -218,6 +221,11 @@ def to_rgb(picture):
 def to_tensor(picture):
     """PIL RGB picture -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()    # (3, H, W)
+
+
+def to_batch(picture):
+    """PIL RGB picture -> a batch of one, (1, 3, H, W) in [0, 1]."""
+    return to_tensor(picture)[None] / 255
 
 
 def to_picture(rgb):
@@ -234,7 +242,7 @@ def resize_short_side(picture, size):
     W, H = picture.size
     w, h = (min(4 * size, max(1, round(side * size / min(W, H)))) for side in (W, H))
     small = picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
-    return to_tensor(small)[None] / 255                                         # (1, 3, h, w)
+    return to_batch(small)                                                      # (1, 3, h, w)
 
 
 def crop_square(picture, size, rng=None):
@@ -254,7 +262,7 @@ def crop_square(picture, size, rng=None):
 
 def mean_chroma(picture):
     """Mean sqrt(a^2 + b^2) of a PIL picture, seen at 32x32: 0 for gray, 10 to 30 for most photos."""
-    lab = rgb_to_lab(to_tensor(picture.resize((32, 32), Image.Resampling.BOX))[None] / 255)
+    lab = rgb_to_lab(to_batch(picture.resize((32, 32), Image.Resampling.BOX)))  # (1, 3, 32, 32)
     return lab[:, 1:].square().sum(1).sqrt().mean().item()
 
 
@@ -267,10 +275,12 @@ def list_pictures(folder):
     """
     found, seen = [], set()  # seen: real folders
     for root, folders, files in os.walk(folder, followlinks=True):
-        new = os.path.realpath(root) not in seen  # a link that leads back up would be followed for ever
+        if os.path.realpath(root) in seen:  # a link that leads back up would be followed for ever
+            folders.clear()
+            continue
         seen.add(os.path.realpath(root))
-        folders[:] = sorted(f for f in folders if new and not f.startswith("."))
-        found += [Path(root, f) for f in files if new and not f.startswith(".")]
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        found += [Path(root, f) for f in files if not f.startswith(".")]
     endings = [f.suffix.lower() for f in found]
     other = ", ".join(f"{endings.count(e)} {e}" for e in sorted(CONVERT_FIRST) if e in endings)
     if other:
@@ -319,14 +329,17 @@ def find_data(source, train_size, val_size, seed):
     rng = np.random.default_rng(seed)
     for paths in lists:  # a limited train_size is a random choice, and not the first folder's pictures
         rng.shuffle(paths)
-    # Either the folder says itself what is for validation, or a fifth of it at most is held back: both then
-    # read from one iterator, so training goes on where validation has stopped.
-    train, val = lists if split else [iter(lists[0])] * 2
-    n = val_size if split else min(val_size, math.ceil(len(lists[0]) / 5))
-    val, train = drop_gray_and_broken(val, n), drop_gray_and_broken(train, train_size)
+    # Either the folder says itself what is for validation, or a fifth of it at most is held back: then both
+    # are one iterator. Validation takes the first good pictures from it, training what is left.
+    if split:
+        train, val = lists
+    else:
+        train = val = iter(lists[0])
+        val_size = min(val_size, math.ceil(len(lists[0]) / 5))
+    val, train = drop_gray_and_broken(val, val_size), drop_gray_and_broken(train, train_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
-            raise UserError(f"needs {'one' if split else 'two'} readable pictures in color at least "
+            raise UserError(f"needs {'a readable picture' if split else 'two readable pictures'} in color "
                             f"({' '.join(sorted(EXTENSIONS))})", folder / name if split else folder)
     return train, val
 

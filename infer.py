@@ -29,8 +29,8 @@ from pathlib import Path
 try:
     from data import (EXTENSIONS, MIN_CHROMA, Parser, UserError, box_mean, crop_square, gray_of, lab_to_gamut,
                       list_pictures, load_torch_file, mean_chroma, network_to_lab, open_picture, printable,
-                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically, to_picture,
-                      to_tensor)
+                      resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically, to_batch,
+                      to_picture)
 except ModuleNotFoundError as missing:
     sys.exit(f"{missing.name} is not installed: pip install -r requirements.txt")
 except KeyboardInterrupt:  # Ctrl-C in the second that torch takes to load
@@ -43,10 +43,11 @@ from torch.nn import functional as F
 from model import Colorizer, ModelConfig
 
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
-SHIPPED, PAPER = (Path(__file__).parent / "weights" / name for name in ("colorizer.pt", "paper.pt"))
-TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
-# The longest side that each format can store; the others have no limit that a picture of ours could reach.
-MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383, ".gif": 65535, ".avif": 16384}
+OURS, PAPER = (Path(__file__).resolve().parent / "weights" / name for name in ("colorizer.pt", "paper.pt"))
+STRIP_PIXELS = 1 << 18  # pixels that are joined at a time; sets the memory beyond the decoded pictures
+# The longest side that is safe in each format; the others have no limit that a picture of ours could reach.
+MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".jpe": 65500, ".jfif": 65500, ".webp": 16383, ".gif": 65535,
+            ".avif": 16384}
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -131,8 +132,8 @@ def encode(model, style):
 def predict(model, gray, z):
     """The network's answer to a small gray photo (1, 1, h, w): L, a, b (1, 3, h, w) on the CPU. z: (1, D)."""
     gray = gray.to(model.head.weight.device)
-    # An RGB network answers with a lightness of its own. Only refine and guided_filter use it; the result has
-    # the photo's (join).
+    # An RGB network also answers with a lightness. refine and guided_filter use it, and --raw shows it; join
+    # puts the photo's own in its place.
     return network_to_lab(model.colorize(gray, z), gray, model.config.space).cpu()
 
 
@@ -146,7 +147,8 @@ def guided_filter(ab, L):
     by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle
     and without the checkerboard of the transposed convolutions. With the L of the large photo it is ab
     enlarged: colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is added
-    to the variance of L: where L varies much less, the slope goes to 0 and the box gets nearly one color.
+    to the variance of L: where L deviates by much less than its root, 7, the slope goes to 0 and the box gets
+    nearly one color.
     """
     planes = torch.cat([L, ab, L * L, L * ab], dim=1)                           # (B, 6, h, w)
     mean_L, mean_ab, mean_LL, mean_Lab = box_mean(planes, GUIDE_RADIUS).split([1, 2, 1, 2], dim=1)
@@ -159,41 +161,33 @@ def guided_filter(ab, L):
 def join(photo, lab):
     """Give a PIL photo of any size the colors of a small picture lab (1, 3, h, w), and its own L.
 
-    Joined in tiles, so that memory does not grow with the photo beyond the two pictures themselves. Pillow's
-    `box` samples each tile as a part of the whole: the seams cannot be seen.
+    Joined in strips of some rows, so that memory does not grow with the photo beyond the two pictures.
+    Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
     """
     # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so each plane becomes a picture.
     lines = torch.cat(guided_filter(lab[:, 1:], lab[:, :1]), dim=1)             # (1, 4, h, w)
     planes = [Image.fromarray(plane.numpy()) for plane in lines[0]]             # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", photo.size)
-    # A tile is some whole rows of the photo, or a part of a row that is longer than a tile.
-    columns = min(W, TILE_PIXELS)
-    rows = TILE_PIXELS // columns
-    for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
-        right, bottom = min(x + columns, W), min(y + rows, H)
-        tile = photo.crop((x, y, right, bottom))
-        L = rgb_to_lab(to_tensor(tile)[None] / 255)[:, :1]                      # (1, 1, rows, columns)
-        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)  # the tile, in pixels of the small planes
-        large = [np.array(plane.resize(tile.size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
-        slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, columns) each
+    rows = max(1, STRIP_PIXELS // W)
+    for top in range(0, H, rows):
+        bottom = min(top + rows, H)
+        strip = photo.crop((0, top, W, bottom))
+        L = rgb_to_lab(to_batch(strip))[:, :1]                                  # (1, 1, rows, W)
+        box = (0, top * h / H, w, bottom * h / H)  # the strip, in pixels of the small planes
+        large = [np.array(plane.resize(strip.size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
+        slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, W) each
         # What no screen can show at this lightness loses chroma, never lightness.
-        rgb = lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))           # (1, 3, rows, columns)
-        result.paste(to_picture(rgb[0]), (x, y))
+        rgb = lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))           # (1, 3, rows, W)
+        result.paste(to_picture(rgb[0]), (0, top))
     return result
 
 
-# ---- not in the paper: one thing gets one color; this costs colors, and a part of them is won back --------
+# ---- refine, not in the paper: first steadier surfaces, then again the style's colors ---------------------
 
-REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
-SIDE = 128    # short side at which pictures are refined: the constants below belong to it, and it is fast
 # How far apart places may be and still be alike, in y, x (pixels), L, roughness, a and b. A place that
 # differs by so much in one of them weighs .6 of an equal one, one that differs by twice as much .14.
 ALIKE = 40., 40., 6., 2., 20., 20.
-EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
-SPREAD = 1e5  # the pull between neighbors on one surface; its root says how far colors run: 300 pixels
-BLUR = .7     # blur in move (see transport), as a share of the deviation of the style's colors
-BOOST = 1.5   # how much the colors are strengthened at most, if they have become paler than the style's
 
 
 def average_alike(ab, L):
@@ -209,15 +203,20 @@ def average_alike(ab, L):
     # Roughness is the deviation of L in 3x3 pixels: high in grass, low on a wall.
     variance = (box_mean(L * L, 1) - box_mean(L, 1).square()).clamp(min=0)
     planes = torch.cat([L, variance, ab], dim=1)                                # (1, 4, h, w)
-    # The mean of each in each place: (N,), N = rows * columns.
-    light, variance, a, b = F.interpolate(planes, (rows, columns), mode="area")[0].flatten(1)
-    y, x = torch.cartesian_prod(4. * torch.arange(rows), 4. * torch.arange(columns)).T  # (N,) each
-    places = torch.stack([y, x, light, variance.sqrt(), a, b], dim=1) / torch.tensor(ALIKE)  # (N, 6)
+    # Six numbers for each of the N = rows * columns places: where it is, and the mean of each plane there.
+    yx = torch.cartesian_prod(4. * torch.arange(rows), 4. * torch.arange(columns))      # (N, 2)
+    means = F.interpolate(planes, (rows, columns), mode="area")[0].flatten(1).T         # (N, 4)
+    light, variance, old = means.split([1, 1, 2], dim=1)
+    places = torch.cat([yx, light, variance.sqrt(), old], dim=1) / torch.tensor(ALIKE)  # (N, 6)
     # How much of every place is in the new color of each: (N, N), and every row adds up to 1.
     shares = (-torch.cdist(places, places).square() / 2).softmax(1)
-    old = torch.stack([a, b], dim=1)                                            # (N, 2)
     change = (shares @ old - old).T.reshape(1, 2, rows, columns)
     return ab + F.interpolate(change, ab.shape[2:], mode="bilinear")            # (1, 2, h, w)
+
+
+EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
+SPREAD = 1e5  # the pull between neighbors of equal L, against a pull of 1 to the pixel's own old color: so
+# colors run about sqrt(SPREAD) = 300 pixels far, over all of a surface
 
 
 def make_smooth(L):
@@ -228,7 +227,8 @@ def make_smooth(L):
     neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at an edge:
     so the patches of a sky run together, and nothing runs across an edge. L: as predict gives it.
     """
-    if L.shape[3] > L.shape[2]:  # fewer columns than rows: the matrices below are small
+    # Each row of pixels will need a matrix (w, w): a wide picture is turned, so that w is its short side.
+    if L.shape[3] > L.shape[2]:
         upright = make_smooth(L.mT)
         return lambda ab: upright(ab.mT).mT
     # L is taken as means over 3x3 pixels: the grain of a lawn or of a rough wall is no edge.
@@ -260,7 +260,7 @@ def make_smooth(L):
     return smooth
 
 
-def palette(ab):
+def palette_of(ab):
     """a, b of a small picture (1, 2, h, w) -> its palette (576, 2): the colors of 24x24 pixels of it.
 
     With repeats: a color that covers half of the picture is half of the rows.
@@ -291,6 +291,10 @@ def transport(source, target, colors, blur):
     return (g - cost(colors)).softmax(1) @ target                               # (Q, N) @ (N, 2) -> (Q, 2)
 
 
+BLUR = .7     # the blur of transport, as a share of the deviation of the style's colors
+BOOST = 1.5   # how much the colors are strengthened at most, if they have become paler than the style's
+
+
 def move(ab, source, palettes):
     """Move the colors of a small picture, a, b (1, 2, h, w), toward the style's palette -> (1, 2, h, w).
 
@@ -300,7 +304,8 @@ def move(ab, source, palettes):
     source: the palette (576, 2) that ab has; palettes: [(weight, palette of a style)], of weights that add
     up to 1.
     """
-    # The function becomes a table of 65x65 colors: each pixel on its own would take long in a large picture.
+    # The function becomes a table of 65x65 colors, which is read between its entries: to transport each of
+    # the 16,384 pixels or more would take three times as long.
     line = torch.linspace(-128, 128, 65)
     colors = torch.cat([torch.cartesian_prod(line, line), source])              # (65 * 65 + 576, 2)
     shifts = torch.zeros_like(colors)
@@ -309,8 +314,8 @@ def move(ab, source, palettes):
         # one of many strong colors. With less blur the palette is reached more exactly, but two parts of a
         # thing easily get different colors; with more the result is paler.
         blur = max(6., BLUR * target.std(0).norm().item())
-        # How far does a color shift? Because of the blur even transport(source, source, x) is not x, but
-        # nearer to the other colors around it. The difference of both ways is 0 where the palettes agree.
+        # How far does a color shift? `to` holds two changes: the way to the style, and a pull toward the
+        # colors around it, which comes from the blur. `stay`, from the palette to itself, is that pull alone.
         to, stay = (transport(source, goal, colors, blur) for goal in (target, source))
         moved = colors + to - stay
         # Smoothing and means make colors paler. One factor for all gives back the mean chroma of the style.
@@ -320,6 +325,10 @@ def move(ab, source, palettes):
     # grid_sample reads a table between its entries, at places (column, row) from -1 to 1.
     places = ab.flip(1).permute(0, 2, 3, 1) / 128                               # (1, h, w, 2)
     return ab + F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
+
+
+REFINE = 1.   # how much of the refined colors is taken; 0 is the network's answer
+SIDE = 128    # short side at which pictures are refined: the constants above belong to it, and it is fast
 
 
 def refine(lab, palettes, amount=REFINE):
@@ -337,9 +346,9 @@ def refine(lab, palettes, amount=REFINE):
     L, ab = small.split([1, 2], dim=1)
     smooth = make_smooth(L)
     once = smooth(average_alike(ab, L))
-    # join will filter the colors: so the palette to start from is that of filtered ones.
+    # join will show slope * L + offset instead of `once`: so that is the palette to start from.
     slope, offset = guided_filter(once, L)
-    twice = smooth(move(once, palette(slope * L + offset), palettes))
+    twice = smooth(move(once, palette_of(slope * L + offset), palettes))
     change = F.interpolate(twice - ab, lab.shape[2:], mode="bilinear")          # (1, 2, h, w)
     return torch.cat([lab[:, :1], lab[:, 1:] + amount * change], dim=1)
 
@@ -354,7 +363,7 @@ def color(model, gray, z, palettes, amount=REFINE, strength=1.):
 
 def gray_version(picture):
     """A PIL RGB picture -> the gray one of the same lightness, as the network sees it but in mode RGB."""
-    return to_picture(gray_of(to_tensor(picture)[None] / 255).expand(-1, 3, -1, -1)[0])
+    return to_picture(gray_of(to_batch(picture)).expand(-1, 3, -1, -1)[0])
 
 
 def sheet(photos, styles, size, colorings):
@@ -398,9 +407,10 @@ def draw_curves(rows, colors):
 
     rows: dictionaries, as csv.DictReader gives them; colors: {name of a column: color of its line}.
     """
-    curves = {name: points for name in colors if (points := [
-        (float(row["step"]), math.log10(float(row[name]))) for row in rows if float(row.get(name) or 0) > 0])}
-    xs, ys = zip(*([*itertools.chain(*curves.values())] or [(1, 0)]))  # an empty log gets one dummy point
+    curves = {name: [(float(row["step"]), math.log10(float(row[name]))) for row in rows
+                     if float(row.get(name) or 0) > 0] for name in colors}
+    curves = {name: curve for name, curve in curves.items() if curve}
+    xs, ys = zip(*(sum(curves.values(), []) or [(1, 0)]))  # an empty log gets one dummy point
     right, low, high = max(xs), min(ys) - .02, max(ys) + .02
     page = Image.new("RGB", (640, 400), "white")
     pen = ImageDraw.Draw(page)
@@ -439,7 +449,8 @@ def parse(argv):
     parser = Parser(prog="infer.py", usage="python infer.py PHOTO... STYLE [options]",
                     description="Color gray photos with the palette of a style picture.")
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="PHOTO... STYLE", help="files or folders; the last one is the style")
+    add("pictures", nargs="+", metavar="PHOTO... STYLE",
+        help="files (jpg png webp avif tif gif bmp) or folders; the last one is the style")
     add("--styles", nargs="+", default=[], metavar="FILE", help="more style pictures or folders")
     add("--output", default=".", help="a file, or a folder for PHOTO_STYLE.png (default: here)")
     add("--weights", default="ours", metavar="FILE", help="a checkpoint, or the word ours (default) or paper")
@@ -447,7 +458,7 @@ def parse(argv):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
     add("--grid", action="store_true", help="one sheet of squares as in figure 8: a row a photo, a column a style")
-    add("--blend", type=numbers, metavar="W,W", help="mix all styles, a weight each (=-1,2 with a minus)")
+    add("--blend", type=numbers, metavar="W,W", help="mix all styles: their weights in order (or =-1,2)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 fully (default)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
@@ -461,6 +472,7 @@ def parse(argv):
             (args.size and not 16 <= args.size <= 4096, "--size must be from 16 to 4096"),
             (not 0 <= args.strength <= 10, "--strength must be from 0 to 10"),
             (not 0 <= args.refine <= 1, "--refine must be from 0 to 1"),
+            # (Weights are divided by their sum: a small one would make them huge.)
             (args.blend and not max(map(abs, args.blend)) / 100 < abs(sum(args.blend)) < 1e6,
              "--blend takes numbers with commas between them, as in 2,1; their sum must not be near 0")]:
         if wrong:
@@ -479,17 +491,22 @@ class Files:
     """
 
     def __init__(self, output, inputs, wanted):
-        self.output, self.wanted, self.taken, self.failures = Path(output), wanted, set(), 0
-        self.inputs, self.started = {os.path.realpath(path) for path in inputs}, time.monotonic()
+        self.output, self.wanted, self.saved, self.failures = Path(output), wanted, 0, 0
+        self.keep, self.started = set(map(self.key, inputs)), time.monotonic()
         # A name with an ending is a file, unless it is a folder already.
         self.is_file = self.output.suffix != "" and not (os.path.isdir(output) or str(output).endswith("/"))
         if self.is_file and wanted > 1:
             raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
-        if self.is_file and os.path.realpath(output) in self.inputs:
+        if self.is_file and self.key(output) in self.keep:
             raise UserError("is one of the inputs, and stays; choose another --output", output)
         if self.is_file and self.output.suffix.lower() not in EXTENSIONS:
             raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new "
                             "folder must end in /", output)
+
+    @staticmethod
+    def key(path):
+        """The same for all names of a file: on many disks, Macs' too, Photo.png is photo.png."""
+        return os.path.realpath(path).casefold()
 
     def open(self, paths):
         """(path, picture) of those that can be read; any other gets a line and counts as a failure."""
@@ -506,7 +523,7 @@ class Files:
         # a/x.jpg and b/x.jpg would both become x_style.png: the second one becomes x_style_2.png. So does a
         # result that would replace an input.
         numbers = itertools.count(2)
-        while path in self.taken or os.path.realpath(path) in self.inputs:
+        while self.key(path) in self.keep:
             path = self.output / f"{name}_{next(numbers)}.png"
         limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
         if max(picture.size) > limit:
@@ -515,12 +532,16 @@ class Files:
         # so unless it loses nothing at all.
         options = dict(quality=95, subsampling="4:4:4", lossless=path.suffix.lower() == ".webp")
         save_atomically(path, lambda part: picture.save(part, **options))
-        self.taken.add(path)
+        self.keep.add(self.key(path))
+        self.saved += 1
+        # On a terminal, how far it is; on stderr, so that it does not get into a list of the files.
+        terminal = sys.stderr.isatty()
+        if terminal:
+            print(" " * 40, end="\r", file=sys.stderr, flush=True)  # erase what was there
         print(printable(path))
-        # On a terminal, how far it is; on stderr, so that stdout is a list of files and nothing else.
-        if sys.stderr.isatty() and len(self.taken) < self.wanted:
-            left = (time.monotonic() - self.started) * (self.wanted / len(self.taken) - 1)
-            print(f"{len(self.taken)} of {self.wanted}, {left:.0f} s left ", end="\r", file=sys.stderr)
+        if terminal and self.saved < self.wanted:
+            left = (time.monotonic() - self.started) * (self.wanted / self.saved - 1)
+            print(f"{self.saved} of {self.wanted}, {left:.0f} s left ", end="\r", file=sys.stderr)
 
 
 def find_pictures(arguments):
@@ -538,7 +559,7 @@ def make_looks(styles, blend=None):
     styles: [(name, small picture (1, 3, h, w), code)]. Codes are plain vectors: their weighted mean is a code
     as well. The palettes of a blend stay apart, and refine takes the mean of the ways to them.
     """
-    palettes = [palette(rgb_to_lab(small)[:, 1:]) for _, small, _ in styles]
+    palettes = [palette_of(rgb_to_lab(small)[:, 1:]) for _, small, _ in styles]
     if not blend:
         return [(name, z, [(1., target)]) for (name, _, z), target in zip(styles, palettes)]
     shares = [w / sum(blend) for w in blend]
@@ -571,7 +592,7 @@ def color_grid(model, photos, styles, files, size, args):
 
     def colorings(photo):
         """One row of the sheet."""
-        small = to_tensor(photo)[None] / 255                                    # (1, 3, size, size)
+        small = to_batch(photo)                                                 # (1, 3, size, size)
         gray = gray_of(small)  # made once for all styles
         itself = make_looks([("", small, encode(model, small))]) if own else []
         for _, z, palettes in itself + looks:
@@ -601,7 +622,8 @@ def show_codes(styles, files):
 def main(argv=None):
     """Which pictures, which network, which styles; then one of three ways to show them -> the exit code.
 
-    The exit code is 0, or 1 if some picture could not be read; the others are made all the same.
+    The exit code is 0, or 1 if some picture could not be read; the others are made all the same, but a blend
+    needs all of its styles.
     """
     args = parse(argv)
     # The last picture is the style; but with --styles a single one is the photo, and --latents has no photo.
@@ -614,9 +636,9 @@ def main(argv=None):
     if args.blend and len(args.blend) != len(style_paths):
         raise UserError(f"--blend has {len(args.blend)} weights for {len(style_paths)} styles; more styles "
                         "go behind --styles")
-    # What can be known to be wrong is found out before the first picture is made: to fail after an hour at
-    # the last of a thousand photos would be worse than to fail now.
-    weights = {"ours": SHIPPED, "paper": PAPER}.get(args.weights, args.weights)
+    # What is often wrong is looked at before the first picture is made: to fail after an hour at the last of
+    # a thousand photos would be worse than to fail now.
+    weights = {"ours": OURS, "paper": PAPER}.get(args.weights, args.weights)
     wanted = 1 if args.grid or args.latents else len(photos) * (1 if args.blend else len(style_paths))
     files = Files(args.output, [*photos, *style_paths, weights], wanted)
     model, trained_size = load_model(weights, pick_device(args.device))

@@ -29,7 +29,7 @@ TAPS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}  # the ReLUs whose 
 URLS = {"vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
         "alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"}  # names hold 8 digits of SHA-256
 FEATURE_FILES = {"vgg": "vgg16_features.pth", "alex": "alexnet_features.pth"}  # the convolutions alone
-LINEAR_WEIGHTS = Path(__file__).parent / "weights" / "lpips_linear.pt"
+LINEAR_WEIGHTS = Path(__file__).resolve().parent / "weights" / "lpips_linear.pt"
 
 
 def make_trunk(net):
@@ -99,7 +99,7 @@ class LPIPS(nn.Module):
         x = (2 * x - 1 - self.shift) / self.scale
         found = []
         for i, layer in enumerate(self.trunk):
-            x = layer(x)  # a ReLU works in place on its own convolution's output, never on what was kept
+            x = layer(x)  # in-place ReLUs change nothing that was kept: found holds new tensors
             if i in self.taps:
                 # The small number stands inside the root. Outside, as in the original, a feature vector of
                 # zeros has a NaN gradient, and flat dark areas can produce such vectors.
@@ -140,13 +140,12 @@ def palette_loss(out, rgb, space, offset=0.):
     """Distance between the palettes of the network's answer and of a picture; not in the paper.
 
     MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
-    is taken along 8 directions; offset, in [0, 1], rotates them by that part of their spacing: training draws
-    it anew for each batch, so that in time all directions count. A quarter of the pixels is enough: every
-    second row and column of the picture, and for the output the means of 2x2 pixels, so that the network
-    gains nothing by mixing colors in a checkerboard.
+    is taken along 8 directions; offset turns them (sliced_wasserstein). Training draws it from [0, 1] for
+    each batch, so that in time all directions count. A quarter of the pixels is enough: every second row and
+    column of the picture, and for the output the means of 2x2 pixels, so that the network gains nothing by
+    mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
-    # From row 1 on: of an odd side, too, as many pixels are left as avg_pool2d leaves.
     wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                       # (B, 2, H/2, W/2)
     return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, offset).mean()
 

@@ -33,7 +33,10 @@ def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
 
 @dataclass
 class ModelConfig:
-    """All that is needed to build the network again; every checkpoint holds it as a plain dictionary."""
+    """All that is needed to build the network again; every checkpoint holds it as a plain dictionary.
+
+    (On a first reading the seven settings are enough: go on at `conv_block`.)
+    """
     space: str = setting("rgb", "what the network makes: rgb, or a and b for the photo's L", ("rgb", "lab"))
     width: int = setting(16, "channels of the first stage; 64 before \"scarcity\"", low=1, high=256)
     latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", low=1, high=4096)
@@ -180,15 +183,14 @@ class Colorizer(nn.Module):
         """
         # The last row and column are repeated up to a multiple of STRIDE, and cut off again at the end.
         H, W = gray.shape[2:]
-        if H % STRIDE or W % STRIDE:
-            gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
+        gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
 
-        # Encoder: five stages, each at half the size of the one before.
+        # Encoder: five stages at the sizes H, H/2, ... H/16. Dropout sets random features to 0 in training,
+        # so that no single one can be relied on.
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
-            x = block(F.max_pool2d(x, 2) if i else x)                           # (B, C, H/2, W/2)
-            # Dropout sets random features to 0 in training, so that no single one can be relied on.
-            x = self.dropout(self.restyle(x, z, i))                             # the same
+            x = F.max_pool2d(x, 2) if i else x                                  # (B, C, H/2, W/2)
+            x = self.dropout(self.restyle(block(x), z, i))                      # (B, 2C, H/2, W/2)
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip connection
 

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, network_to_lab, network_to_rgb,
                   printable, resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
-                  sliced_wasserstein, to_tensor)
+                  sliced_wasserstein, to_batch)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -52,7 +52,8 @@ class Settings(ModelConfig):
 
     Each one is an option of the command line: batch_size is --batch-size. All of them are saved in the
     checkpoints, so that a run can be repeated and resumed. 0 or "" mostly means "off" or "no limit".
-    To add a setting, add a line here and use it as s.NAME below; nothing else has to be told of it.
+    To add a setting, add a line here and use it as s.NAME below. (The weight of a new loss also has to be
+    named in Run.restore, where the lowest loss so far is forgotten.)
     """
     data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded")
     output: str = setting("", "the run's folder (runs/PRESET)")
@@ -62,7 +63,7 @@ class Settings(ModelConfig):
     # days, and --minutes is the better way to say how long you are ready to wait.
     epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", low=1)
     steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
-    minutes: float = setting(0., "time limit of the run, earlier sessions and validations counted, 0: none")
+    minutes: float = setting(0., "time limit of the run, earlier sessions and validations included, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
     # accumulate. --size 64 is four times as fast as 128 and good for a first look.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
@@ -91,7 +92,7 @@ class Settings(ModelConfig):
     warmup: int = setting(0, "steps over which the learning rate rises to --lr; at most a tenth of the run")
     schedule: str = setting("constant", "constant as in the paper, or falling to 0", ("constant", "cosine"))
     clip: float = setting(0., "largest norm of the gradient, 0: any")
-    val_every: int = setting(500, "steps between validations; with --minutes about ten a run", low=1)
+    val_every: int = setting(500, "steps between validations; with --minutes, about ten more a run", low=1)
     init: str = setting("", "checkpoint whose weights to start from, with a new optimizer: fine-tuning")
     amp: bool = setting(False, "compute in bfloat16 where it does no harm: faster on recent GPUs and CPUs")
 
@@ -215,10 +216,11 @@ class Recipe:
 
         # Forward. In the paper the style is the photo itself ("implicit training"): nothing but the wish to
         # restore the photo teaches the style encoder what to put into z.
+        # Colors and losses are computed in float32, outside of autocast.
+        seen = rgb_to_network(style, s.space)                                   # (B, 3 or 2, S, S)
         with self.autocast:
-            z = model.encode_style(rgb_to_network(style, s.space)) if s.use_style else None  # (B, D)
+            z = model.encode_style(seen) if s.use_style else None               # (B, D)
             out = model.colorize(gray, z).float()                               # (B, 3 or 2, S, S)
-        # Losses are computed in float32, outside of autocast.
         color, _ = color_loss(out, gray, rgb, s.space, self.loss_weights, self.lpips, offset)
         losses = {"train_loss": color}
 
@@ -230,14 +232,15 @@ class Recipe:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            palette = palette_loss(other, style.roll(-1, 0)[:half], s.space, offset) / 2  # of half of them
-            losses = {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
+            # (Half the weight: only half of the batch is colored again. The whole one's is in color.)
+            palette = palette_loss(other, style.roll(-1, 0)[:half], s.space, offset) / 2
+            losses |= {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
         if s.style_loss != "none":
             code = style_loss(model, gray, z, out)
             total = s.alpha * color + (1 - s.alpha) * code if s.style_loss == "combined" else color
-            losses = {"train_loss": total, "color_loss": color, "style_loss": code}
+            losses |= {"train_loss": total, "color_loss": color, "style_loss": code}
         return losses
 
 
@@ -301,7 +304,8 @@ def validate(model, recipe, batches):
         loss, terms = color_loss(out, gray, rgb, s.space, recipe.loss_weights, recipe.lpips)
         shown = network_to_rgb(out, gray, s.space).clamp(0, 1)                  # (B, 3, S, S)
         terms |= {"loss": loss, "psnr": psnr(shown, rgb).mean()}
-        # The last batch may be smaller than the others; so there is one row for each picture.
+        # The means of the batch, once for each of its pictures: so the mean over all pictures is right, also
+        # if the last batch is smaller than the others.
         measures += [{name: value.item() for name, value in terms.items()}] * len(gray)
         # Does it listen? Every photo once more, with the code of the one before it in the batch (of a single
         # photo: with its own). No truth exists for this; so palettes are compared.
@@ -366,6 +370,8 @@ def train(preset, given, resume, dry_run):
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
+    if os.path.isdir(s.data) and Path(s.data).resolve() in run.folder.resolve().parents:
+        raise UserError("lies in --data: its samples would become photos; choose another --output", run.folder)
     processes = Processes(device)
     model, optimizers = build(run, device)
     if run.saved:
@@ -384,9 +390,9 @@ def train(preset, given, resume, dry_run):
     print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training"
           f" and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress() >= 1:
-        limit = "minutes" if run.seconds >= 60 * s.minutes > 0 else "steps" if s.steps else "epochs"
+        name = "minutes" if run.seconds >= 60 * s.minutes > 0 else "steps" if s.steps else "epochs"
         print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give "
-              f"it more with --{limit} (now {getattr(s, limit):g})")
+              f"it more with --{name} (now {getattr(s, name):g})")
         return 0
 
     # Endless training batches, every process taking its own.
@@ -396,10 +402,9 @@ def train(preset, given, resume, dry_run):
 
     # From here on Ctrl-C is answered, and the folder is ours. --workers processes load and crop the next
     # batches while this one computes.
-    stop = listen_for_stop(processes)
+    stop = listen_for_stop()
     if not processes.rank:
-        run.lock()
-        run.write_log()  # without a new row; a folder that cannot be written shows now, and not after an hour
+        run.lock()  # a folder that cannot be written shows now, and not after an hour
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: only slower
     loading = dict(num_workers=s.workers, worker_init_fn=start_loader, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
@@ -431,19 +436,19 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         run.step += 1
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
-        values, stopping, run.seconds = processes.agree(values, stop, run.clock())
-        run.require_finite("the loss", values.values())
-        run.print_progress(values, recipe.device)
+        *losses, stopping, run.seconds = processes.mean([*values.values(), bool(stop), run.clock()])
+        run.require_finite("the loss", losses)
+        run.recent.append(dict(zip(values, losses)))
+        stopping = stopping and run.progress() < 1  # at the end there is nothing left to stop
 
         # Validate and save: every --val-every steps, every tenth of --minutes, when stopped, and at the end.
         if run.step % s.val_every == 0 or run.seconds >= next_validation or stopping or run.progress() >= 1:
-            processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
-            if not processes.rank:
-                report(run, model, recipe, optimizers, val_loader, stopping)
+            now = report(run, model, recipe, optimizers, val_loader, processes, stopping)
             # The next one comes after a tenth of the run or five times what this one took, whichever is more.
-            *_, now = processes.agree({}, stop, run.clock())
             next_validation = now + max(tenth, 5 * (now - run.seconds))
             run.seconds = now
+        else:
+            run.print_progress(recipe.device)
         if stopping:
             print(f"stopped at step {run.step}; --output {printable(run.folder)} --resume goes on from here")
             return 130
@@ -453,25 +458,32 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
     return 0
 
 
-def report(run, model, recipe, optimizers, val_loader, stopping):
-    """Validate (not when stopped: somebody waits), write the log, the checkpoints and a sample strip.
+def report(run, model, recipe, optimizers, val_loader, processes, stopping):
+    """Validate (not when stopped: somebody waits), write the checkpoints, the log and a sample strip.
 
-    last.pt comes after best.pt: a run killed between the two resumes from the older last.pt.
+    last.pt comes after best.pt: the other way round, in a run killed between the two, it would remember a
+    lowest loss that best.pt never had. Only the first process does this; the others wait. Returns what the
+    clock of all says after it.
     """
-    result = {} if stopping else validate(model, recipe, val_loader)
-    # Checked before anything is written: the checkpoints of an earlier step stay.
-    run.require_finite("the validation loss", result.values())
-    run.require_finite("a weight", [w.float().abs().max() for w in model.state_dict().values()])
-    run.write_log(optimizers[0].param_groups[0]["lr"], result)
-    # best.pt has the lowest validation loss; without any validation so far, the first one is the best.
-    if result.get("loss", math.inf) < run.best or not (run.folder / "best.pt").exists():
-        run.best = result.get("loss", math.inf)
-        run.save("best.pt", model, optimizers)
-    run.save("last.pt", model, optimizers)
-    # Numbers do not show whether colors sit on things. Look at the strip.
-    model.eval()
-    save_atomically(run.folder / f"samples/{run.step:07d}.png", sample(model, val_loader.dataset, run.s).save)
-    model.train()
+    processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
+    if not processes.rank:
+        result = {} if stopping else validate(model, recipe, val_loader)
+        # Checked before anything is written: the checkpoints of an earlier step stay.
+        run.require_finite("the validation loss", result.values())
+        run.require_finite("a weight", [w.float().abs().max() for w in model.state_dict().values()])
+        run.add_row(optimizers[0].param_groups[0]["lr"], result)
+        # best.pt has the lowest validation loss; without any validation so far, the first one is the best.
+        if result.get("loss", math.inf) < run.best or not (run.folder / "best.pt").exists():
+            run.best = result.get("loss", math.inf)
+            run.save("best.pt", model, optimizers)
+        run.save("last.pt", model, optimizers)
+        # Numbers do not show whether colors sit on things. Look at the strip.
+        model.eval()
+        strip = sample(model, val_loader.dataset, run.s)
+        model.train()
+        save_atomically(run.folder / f"samples/{run.step:07d}.png", strip.save)
+        run.write_log()  # last, as it prints: that fails when the terminal has been closed
+    return processes.mean([run.clock()])[0]
 
 
 def sample(model, photos, s):
@@ -483,7 +495,7 @@ def sample(model, photos, s):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
 
     def colorings(photo):
-        gray = gray_of(to_tensor(photo)[None] / 255)                            # (1, 1, S, S)
+        gray = gray_of(to_batch(photo))                                         # (1, 1, S, S)
         return (join(photo, predict(model, gray, z)) for z in [code(photo), *others])
 
     pictures = [photos.load(i) for i in range(min(8, len(photos)))]
@@ -531,11 +543,11 @@ class Run:
             before = vars(Settings.from_file(self.saved["settings"])) if self.saved else PRESETS[self.preset]
             self.s = Settings(**{**before, **given}).check()
         except ValueError as error:  # in the file; or the given ones do not go together with those of the run
-            raise UserError(f"cannot go on: {error}; or a new run with --init last.pt", self.folder) from None
+            cure = "; or a new run with --init last.pt" if self.saved else ""
+            raise UserError(f"cannot go on: {error}{cure}", self.folder) from None
         if dry_run:  # one step and one validation batch
             self.s.steps, self.s.val_size = 1, min(self.s.val_size or 16, 16)
-        self.started = time.monotonic()
-        self.recent, self.printed = [], (self.started, 0)
+        self.recent = []
 
     def last_saved(self):
         """When last.pt was written, in nanoseconds; 0 if there is none."""
@@ -565,8 +577,9 @@ class Run:
             raise UserError("no run of ours, or damaged; use it as the --init of a new run", last) from None
         if preset not in (None, self.preset):
             raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
-        self.started -= self.seconds  # the clock goes on where the last session ended
         old, new = saved["settings"], vars(self.s)
+        if new["init"] != old.get("init", ""):
+            raise UserError("has begun already; --init is for a new run, in another --output", self.folder)
         changed = [name for name in old if old[name] != new.get(name, old[name]) and name != "output"]
         # The lowest validation loss so far says nothing when the loss is another one, or its photos are.
         if {"mse", "lpips", "lpips_net", "palette", "size", "data", "val_size", "seed"} & set(changed):
@@ -597,6 +610,8 @@ class Run:
 
     def plan(self, pictures, passes):
         """How long? A step is `passes` forward passes, and the training set has so many pictures."""
+        # The clock goes on where the last session ended; what came before, as a download, does not count.
+        self.started, self.printed = time.monotonic() - self.seconds, (time.monotonic(), self.step)
         s, self.passes, self.per_step = self.s, passes, self.s.batch_size * passes
         # --steps, else --minutes, and then the clock alone ends the run, else --epochs.
         self.limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * pictures / self.per_step))
@@ -614,12 +629,11 @@ class Run:
         """Share of the run that is done, by steps or by time, whichever is more."""
         return max(self.step / self.limit, self.seconds / (60 * self.s.minutes) if self.s.minutes else 0)
 
-    def print_progress(self, values, device):
-        """Count a step's losses; once a minute, on a terminal once a second, say how it goes.
+    def print_progress(self, device):
+        """Once a minute, on a terminal once a second, say how it goes.
 
         A single batch's loss jumps up and down by a third, so the mean since the last row is shown.
         """
-        self.recent.append(values)
         now, (then, step), terminal = time.monotonic(), self.printed, sys.stdout.isatty()
         if now - then < (1 if terminal else 60):
             return
@@ -630,19 +644,17 @@ class Run:
               end="" if terminal else "\n", flush=True)
         self.printed = now, self.step
 
-    def write_log(self, lr=None, result=None):
-        """Add a row to log.csv: means of the losses since the last row, and the validation. Draw loss.png.
+    def add_row(self, lr, result):
+        """A row for log.csv: means of the losses since the last row, and the validation."""
+        self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
+                          "seconds": round(self.seconds, 1), "lr": lr, **means(self.recent),
+                          **{f"val_{name}": value for name, value in result.items()}})
+
+    def write_log(self):
+        """Write log.csv, draw loss.png, and print the losses of a new row.
 
         The whole file is written each time: it is small, and its columns may change with the settings.
         """
-        if self.recent:
-            losses = means(self.recent) | {f"val_{name}": value for name, value in result.items()}
-            numbers = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
-            print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
-            self.rows.append({"step": self.step, "pictures": self.step * self.per_step,
-                              "seconds": round(self.seconds, 1), "lr": lr, **losses})
-        self.recent, self.printed = [], (time.monotonic(), self.step)
-
         text = io.StringIO()
         table = csv.DictWriter(text, dict.fromkeys(name for row in self.rows for name in row))
         table.writeheader()
@@ -650,6 +662,10 @@ class Run:
         save_atomically(self.folder / "log.csv", lambda part: part.write_bytes(text.getvalue().encode()))
         colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
+        if self.recent:
+            losses = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
+            print("\n" * sys.stdout.isatty() + f"step {self.step}: {losses}", flush=True)
+        self.recent, self.printed = [], (time.monotonic(), self.step)
 
     def save(self, name, model, optimizers):
         """Write a checkpoint. (report has made sure that its weights are finite.)"""
@@ -679,7 +695,8 @@ class Processes:
 
     Each has a copy of the network and its own part of every batch. After backward() the gradients are
     averaged; so all take the same step, and the copies stay equal. Two processes with batch 8 learn what one
-    learns with batch 8 and --accumulate 2. rank: the number of this process; world: how many there are.
+    learns with batch 8 and --accumulate 2 (but BatchNorm's running statistics take half as many steps).
+    rank: the number of this process; world: how many there are.
     """
 
     def __init__(self, device):
@@ -708,22 +725,21 @@ class Processes:
                 dist.all_reduce(t)  # the sum
                 t /= self.world
 
-    def agree(self, values, stopping, seconds):
-        """Losses, whether to stop, and the clock: the same for all processes, so that they decide alike.
+    def mean(self, numbers):
+        """The mean of each number over all processes, the same for all of them: so they decide alike.
 
         Were one to stop a step earlier than the others, they would wait for its gradients for ever.
         """
-        shared = torch.tensor([*values.values(), bool(stopping), seconds])  # (losses + 2)
+        shared = torch.tensor(numbers)
         self.average([shared])
-        *numbers, stopping, seconds = shared.tolist()
-        return dict(zip(values, numbers)), stopping > 0, seconds
+        return shared.tolist()
 
 
 # Those that this system has: Windows has no SIGHUP.
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 
 
-def listen_for_stop(processes):
+def listen_for_stop():
     """A list that Ctrl-C and its like fill; the step in hand is finished first. A second one ends at once.
 
     Ctrl-C sends SIGINT, `kill` and a machine that shuts down SIGTERM, a closed terminal SIGHUP. An exception
@@ -732,8 +748,8 @@ def listen_for_stop(processes):
     stop = []
 
     def on_signal(number, _):
-        # (torchrun sends its processes what the terminal has sent them already: twice means nothing then.)
-        if stop and processes.world == 1:
+        # (Under torchrun twice means nothing: it passes on what its processes may also have got themselves.)
+        if stop and not dist.is_initialized():
             sys.exit(130)
         stop.append(number)
 

@@ -165,13 +165,27 @@ def bench_profile(args):
                       max_shapes_column_width=70))
 
 
+def train_three_steps(s, device):
+    """Three steps of training with these settings, on a random picture -> the optimizers. (Adam's averages come with
+    the first step.)"""
+    import train  # here, and not above: the peaks that bench_lpips measures are of a process without it
+    recipe, processes = train.Recipe(s, device), train.Processes(device)
+    model, optimizers = train.build(types.SimpleNamespace(s=s, saved=None), device)
+    picture = torch.randint(256, (s.batch_size, 3, s.size, s.size), dtype=torch.uint8)
+    for k in range(3):
+        batches = [recipe.prepare((picture, picture))]
+        for optimizer, minimized in zip(optimizers, ("train_loss", "style_loss")):
+            train.train_step(model, recipe, optimizer, s.lr, batches, [k], processes, minimized)
+    return optimizers
+
+
 def bench_gpu(args):
     """Peak memory of train_step on a CUDA card, which may take no more than --limit GB of it.
 
     The limit binds what torch takes; the driver's own part, a few hundred MB, comes on top. The trunk's weights are
     random: they need as much memory as the real ones.
     """
-    import train  # here, and not above: the peaks that bench_lpips measures are of a process without it
+    import train
     device = torch.device("cuda")
     torch.cuda.set_per_process_memory_fraction(args.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     print("| preset | size | batch | LPIPS trunk | --amp | peak in use, MB | peak taken, MB |\n"
@@ -190,17 +204,11 @@ def bench_gpu(args):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             try:
-                recipe = train.Recipe(s, device)
-                model, optimizers = train.build(types.SimpleNamespace(s=s, saved=None), device)
-                picture = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8)
-                for k in range(3):  # Adam's averages come with the first one
-                    batches = [recipe.prepare((picture, picture))]
-                    train.train_step(model, recipe, optimizers, batches, [k], train.Processes(device))
+                train_three_steps(s, device)
                 peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
                 cells = [f"{n / 1e6:.0f}" for n in peaks]
             except torch.OutOfMemoryError:
                 cells = ["does not fit", ""]
-            recipe = model = optimizers = batches = None
             print(f"| {preset} | {size} | {batch} | {net} | {'yes' if amp else 'no'} | {' | '.join(cells)} |", flush=True)
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/figures.py [FOLDER]
 
-writes sheet, two, strength, refine, blend and closeup (.jpg) and latents.png into FOLDER (figures/).
+writes sheet, two, strength, refine, blend and closeup (.jpg) and latents.png into FOLDER (figures/), and
+tradeoff.png, which draws the table of figures/tradeoff.md.
 """
 import argparse
 import sys
@@ -42,6 +43,42 @@ def columns(captions, rows, side=140):
     return page
 
 
+def tradeoff(table):
+    """The rows of measure.py as points: transfer over mix. Rows that differ in one option alone become a curve."""
+    curves = {"ours, --refine": [], "ours, --blur": [], "paper, --refine": []}
+    for row in table.splitlines():
+        name, *cells = (cell.strip() for cell in row.strip("| ").split("|"))
+        if row.startswith("|") and " --refine " in name:
+            option, value = name.split()[-2:]
+            kind = f"{'paper' if 'paper.pt' in name else 'ours'}, {option}"
+            curves[kind].append((value, float(cells[8]), float(cells[2])))              # mix, transfer
+    page = Image.new("RGB", (640, 400), "white")
+    pen = ImageDraw.Draw(page)
+
+    def place(mix, transfer):
+        """Mix from .36 to .64 goes to the right, transfer from .64 to .90 up."""
+        return 60 + 560 * (mix - .36) / .28, 20 + 350 * (.90 - transfer) / .26
+
+    pen.rectangle([place(.36, .90), place(.42, .87)], fill="honeydew")
+    pen.text(place(.362, .898), "the aim", fill="green")
+    for i in range(5):
+        mix, transfer = .36 + .07 * i, .66 + .06 * i
+        pen.line([place(mix, .90), place(mix, .64)], fill="gainsboro")
+        pen.line([place(.36, transfer), place(.64, transfer)], fill="gainsboro")
+        pen.text((place(mix, .64)[0] - 8, 374), f"{mix:.2f}", fill="gray")
+        pen.text((30, place(.36, transfer)[1] - 6), f"{transfer:.2f}", fill="gray")
+    pen.text((250, 386), "mix: lower is steadier", fill="black")
+    pen.text((4, 4), "transfer: higher is nearer to the style's palette", fill="black")
+    for (kind, curve), color, up in zip(curves.items(), ("steelblue", "firebrick", "gray"), (4, -14, 4)):
+        points = [place(mix, transfer) for _, mix, transfer in curve]
+        pen.line(points, fill=color, width=2)
+        for (value, *_), (x, y) in zip(curve, points):
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
+            pen.text((x + 5, y + up), value, fill=color)
+        pen.text((440, 24 + 14 * list(curves).index(kind)), kind, fill=color)
+    return page
+
+
 class Painter:
     """A checkpoint and the example pictures: colors a photo with a style, as infer.py does."""
 
@@ -64,7 +101,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     files = {name: str(TOP / "examples" / f"{name}.jpg") for name in PHOTOS + STYLES}
     pictures = {name: open_picture(path) for name, path in files.items()}
-    ours = Painter(infer.SHIPPED, pictures)
+    ours = Painter(infer.OURS, pictures)
 
     def save(page, name):
         page.save(folder / name, quality=90)
@@ -74,17 +111,16 @@ def main():
     infer.main([*(files[name] for name in PHOTOS), *styles, "--grid", "--output", str(folder / "sheet.jpg")])
     infer.main([*styles, "--latents", "--output", str(folder / "latents.png")])
 
-    if infer.PAPER.exists():
-        networks = [("the paper's", Painter(infer.PAPER, pictures), 0),  # the paper has no refining
-                    ("ours", ours, infer.REFINE)]
-        some = [(style, *network) for style in STYLES[:2] for network in networks]
-        rows = [[None] + [pictures[style] for style, *_ in some]]
-        for photo in PHOTOS[:3]:
-            rows.append([infer.gray_version(pictures[photo])] + [
-                painter.color(photo, style, amount=amount) for style, _, painter, amount in some])
-        save(columns(["the photo", *(f"{style}: {name}" for style, name, *_ in some)], rows), "two.jpg")
-    else:
-        print(f"{infer.PAPER} is not there: no two.jpg")
+    networks = [("the paper's", Painter(infer.PAPER, pictures), 0),  # the paper has no refining
+                ("ours", ours, infer.REFINE)]
+    some = [(style, *network) for style in STYLES[:2] for network in networks]
+    rows = [[None] + [pictures[style] for style, *_ in some]]
+    for photo in PHOTOS[:3]:
+        rows.append([infer.gray_version(pictures[photo])] + [
+            painter.color(photo, style, amount=amount) for style, _, painter, amount in some])
+    save(columns(["the photo", *(f"{style}: {name}" for style, name, *_ in some)], rows), "two.jpg")
+
+    save(tradeoff((TOP / "figures" / "tradeoff.md").read_text()), "tradeoff.png")
 
     style = ("the style", pictures["harvest"])
     save(strip([style] + [(f"--strength {s:g}", ours.color("chelsea", "harvest", strength=s)) for s in (0, .5, 1, 1.5)]),

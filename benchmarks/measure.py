@@ -1,7 +1,7 @@
 """Measure checkpoints against simple rivals.
 
-    python benchmarks/measure.py PHOTOS PAINTINGS [--weights FILE ...] [--refine 0 1] [--pairs 4] [--limit N]
-                                                  [--large FOLDER] [--lpips-weights FILE]
+    python benchmarks/measure.py PHOTOS PAINTINGS [--weights FILE ...] [--refine 0 1] [--blur .7] [--pairs 4]
+                                                  [--limit N] [--large FOLDER] [--lpips-weights FILE]
 
 Every photo (centre square, 128x128) is colored with its own colors and with some of the paintings, which take
 turns. Every row of the table is made by the same code: pictures as infer.py gives them, with the photo's true L.
@@ -22,6 +22,7 @@ photos", measured on the photos' own colors. Lower is not always better: a pictu
 Quotients are of sums over all pictures, so a nearly gray picture counts little.
 """
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 from data import (UserError, box_mean, crop_square, gray_of, lab_to_gamut, list_pictures, open_picture,  # noqa: E402
-                  resize_short_side, rgb_to_lab, run_program, to_picture, to_tensor)
+                  resize_short_side, rgb_to_lab, run_program, to_batch, to_picture)
 from losses import LPIPS, load_trunk, palette_distances, psnr  # noqa: E402
 
 SIZE = 128
@@ -151,10 +152,6 @@ def wash(ab, regions):
 
 # ---- candidates: functions (PIL photo, PIL style) -> PIL picture ------------------------------------------
 
-def tensor(picture):
-    return to_tensor(picture)[None] / 255                                             # (1, 3, H, W)
-
-
 def leave_gray(photo, style):
     return infer.gray_version(photo)
 
@@ -162,16 +159,19 @@ def leave_gray(photo, style):
 def mean_color(photo, style):
     """Mean-and-deviation transfer (Reinhard et al. 2001) in a, b. The a, b of a gray photo have no deviation that
     could be scaled; what is left is the style's mean color everywhere."""
-    lab = rgb_to_lab(tensor(photo))
-    lab[:, 1:] = rgb_to_lab(tensor(style))[:, 1:].mean((2, 3), keepdim=True)
+    lab = rgb_to_lab(to_batch(photo))
+    lab[:, 1:] = rgb_to_lab(to_batch(style))[:, 1:].mean((2, 3), keepdim=True)
     return to_picture(lab_to_gamut(lab)[0])
 
 
-def network(path, amount):
-    """What `infer.py photo style --size 128 --refine amount --weights path` gives."""
+def network(path, amount, blur=infer.BLUR):
+    """What `infer.py photo style --size 128 --refine amount --weights path` gives, with another infer.BLUR."""
     model, _ = infer.load_model(path)
+    if not model.config.use_style:
+        raise UserError("a plain U-Net; it follows no style", path)
 
     def color(photo, style):
+        infer.BLUR = blur  # infer.move reads it
         style = resize_short_side(style, SIZE)
         [(_, z, palettes)] = infer.make_looks([("", style, infer.encode(model, style))])
         gray = gray_of(resize_short_side(photo, SIZE))                                # (1, 1, h, w)
@@ -202,14 +202,14 @@ def tell(name, result):
 
 def measure(color, photos, facts, styles, pairs, large, lpips):
     """All measures of one candidate. facts: what coherence needs of each photo; pairs: of indices (photo, style)."""
-    own, truth = torch.cat([tensor(color(p, p)) for p in photos]), torch.cat([tensor(p) for p in photos])
+    own, truth = torch.cat([to_batch(color(p, p)) for p in photos]), torch.cat([to_batch(p) for p in photos])
     result = {"psnr": psnr(own, truth).mean().item(),
               "lpips": np.mean([lpips(o, t).item() for o, t in zip(own.split(1), truth.split(1))])}
     if large:
-        result["edges"] = np.mean([psnr(tensor(color(p, p)), tensor(p)).item() for p in large])
+        result["edges"] = np.mean([psnr(to_batch(color(p, p)), to_batch(p)).item() for p in large])
     distances, means, chroma, hue, coherent = [], [], [], [], []
     for i, k in pairs:
-        out, style = tensor(color(photos[i], styles[k])), tensor(styles[k])
+        out, style = to_batch(color(photos[i], styles[k])), to_batch(styles[k])
         distances.append([d.item() for d in palette_distances(out, style)])
         both = [rgb_to_lab(x)[:, 1:] for x in (out, style)]                           # 2 x (1, 2, H, W)
         means.append([ab[0, c].mean().item() for c in (0, 1) for ab in both])
@@ -220,8 +220,10 @@ def measure(color, photos, facts, styles, pairs, large, lpips):
     result |= {"transfer": 1 - W / W_gray, "chroma": c_out / c_style, "hue": np.mean(hue)}
     # What a gray picture has in a, b is rounding: nothing to correlate, and nothing that could be coherent.
     if c_out > .1 * len(pairs):
-        corr = np.corrcoef(np.array(means).T)
-        result |= {"corr a": corr[0, 1], "corr b": corr[2, 3]} | quotients(coherent)
+        result |= quotients(coherent)
+        if len(pairs) > 1:
+            corr = np.corrcoef(np.array(means).T)
+            result |= {"corr a": corr[0, 1], "corr b": corr[2, 3]}
     return result
 
 
@@ -230,14 +232,18 @@ def main():
                                      allow_abbrev=False)
     parser.add_argument("photos")
     parser.add_argument("paintings")
-    parser.add_argument("--weights", nargs="*", default=[infer.SHIPPED])
+    parser.add_argument("--weights", nargs="*", default=[infer.OURS])
     parser.add_argument("--lpips-weights", default="")
     parser.add_argument("--refine", type=float, nargs="*", default=[0., infer.REFINE],
                         help="as in infer.py, a row each")
+    parser.add_argument("--blur", type=float, nargs="*", default=[infer.BLUR],
+                        help="values for BLUR of infer.py, a row each of what is refined")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
     parser.add_argument("--limit", type=int, help="only so many photos, every second, third or so of the folder")
     parser.add_argument("--large", help="folder of photos for the column edges")
     args = parser.parse_args()
+    if args.pairs < 1 or (args.limit or 1) < 1:
+        parser.error("--pairs and --limit must be 1 or more")
     photos = list_pictures(args.photos)
     if args.limit:  # spread over the list: files of one collection stand beside each other
         photos = photos[::max(1, len(photos) // args.limit)][:args.limit]
@@ -251,12 +257,14 @@ def main():
     lpips = LPIPS("alex", load_trunk("alex", args.lpips_weights))
     print(f"{len(photos)} photos, {len(pairs)} pairs with {len(styles)} paintings, {len(large)} large photos\n")
     print(f"| | {' | '.join(COLUMNS)} |\n" + "|---" * (len(COLUMNS) + 1) + "|")
-    labs = [rgb_to_lab(tensor(p)) for p in photos]
+    labs = [rgb_to_lab(to_batch(p)) for p in photos]
     facts = [(lab[:, :1], pixel_pairs(lab), flat_regions(lab[:, :1])) for lab in labs]
     tell("the photos", quotients([coherence(lab[:, 1:], fact) for lab, fact in zip(labs, facts)]))
     candidates = {"left gray": leave_gray, "mean color": mean_color}
     for path in args.weights:
-        candidates |= {f"{path} --refine {amount:g}": network(path, amount) for amount in args.refine}
+        for amount, blur in itertools.product(args.refine, args.blur):
+            name = f"{path} --refine {amount:g}" + f" --blur {blur:g}" * (amount > 0 and len(args.blur) > 1)
+            candidates[name] = network(path, amount, blur)  # not refined, all blurs are one row
     for name, color in candidates.items():
         tell(name, measure(color, photos, facts, styles, pairs, large, lpips))
 

@@ -30,7 +30,7 @@ sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
 import variants  # noqa: E402 (beside this file)
 from data import (UserError, crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
-                  resize_short_side, run_program, to_picture, to_tensor)
+                  resize_short_side, run_program, to_batch, to_picture, to_tensor)
 from figures import strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
 
@@ -137,7 +137,7 @@ def draw(runs, folder):
         pen.text((4, 30 + line * (side + 4)), name, fill="black")
         for k, photo in enumerate(("chelsea", "rocket")):
             photo = crop_square(examples[photo], size)
-            gray = gray_of(to_tensor(photo)[None] / 255)                        # (1, 1, size, size)
+            gray = gray_of(to_batch(photo))                                     # (1, 1, size, size)
             for i, style in enumerate([photo] + [examples[s] for s in styles]):
                 z = infer.encode(model, resize_short_side(style, size)) if model.config.use_style else None
                 raw = to_picture(lab_to_gamut(infer.predict(model, gray, z))[0])

@@ -95,14 +95,14 @@ def test_of_a_color_photo_only_the_lightness_is_used(place):
     assert (pixels("color_a.png") - pixels("gray_version_a.png")).abs().max() < 5 / 255
 
 
-@pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 100, 7], ids=["rows", "parts of rows", "a few pixels"])
-def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
+@pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 192, 7], ids=["five rows", "a row", "less than a row"])
+def test_strips_do_not_show(pixels_at_a_time, monkeypatch):
     photo = draw_scene(1).crop((0, 0, 192, 40))
     lab = 40 * torch.randn(1, 3, 13, 50, generator=torch.Generator().manual_seed(0))
     whole = infer.join(photo, lab)
-    monkeypatch.setattr(infer, "TILE_PIXELS", pixels_at_a_time)
-    tiles = infer.join(photo, lab)
-    assert np.abs(np.asarray(whole, int) - np.asarray(tiles, int)).max() <= 1
+    monkeypatch.setattr(infer, "STRIP_PIXELS", pixels_at_a_time)
+    strips = infer.join(photo, lab)
+    assert np.abs(np.asarray(whole, int) - np.asarray(strips, int)).max() <= 1
 
 
 def test_guide_is_the_guided_filter():
@@ -183,7 +183,7 @@ def test_a_pair_is_what_the_functions_give_one_after_the_other(place):
     z, lab = infer.encode(model, style), rgb_to_lab(style)
     assert z.shape == (1, 8) and size == 32
     first = infer.predict(model, gray_of(small("photos/gray.png")), z)
-    refined = infer.refine(first, [(1., infer.palette(lab[:, 1:]))])
+    refined = infer.refine(first, [(1., infer.palette_of(lab[:, 1:]))])
     assert np.array_equal(np.asarray(infer.join(photo, refined)), np.asarray(Image.open("gray_a.png")))
     call("photos/gray.png", "styles/a.png", "--refine", 0, "--output", "plain.png")
     assert np.array_equal(np.asarray(infer.join(photo, first)), np.asarray(Image.open("plain.png")))
@@ -200,7 +200,7 @@ def test_blend_mixes_codes_and_the_ways_to_the_palettes(place):
     styles = [small(p) for p in ("styles/a.png", "styles/b.webp")]
     codes = [infer.encode(model, style) for style in styles]
     first = infer.predict(model, gray, codes[0] / 4 + 3 * codes[1] / 4)
-    near = [infer.refine(first, [(1., infer.palette(rgb_to_lab(style)[:, 1:]))]) for style in styles]
+    near = [infer.refine(first, [(1., infer.palette_of(rgb_to_lab(style)[:, 1:]))]) for style in styles]
     for name, lab in [("plain.png", first), ("mixed.png", near[0] / 4 + 3 * near[1] / 4)]:
         assert np.abs(np.asarray(infer.join(photo, lab), int) - np.asarray(Image.open(name), int)).max() <= 1
 
@@ -217,7 +217,7 @@ def test_grid_shows_photos_down_and_styles_across(place):
     for photo, style, box in [(photo, small("styles/b.webp"), (112, 76, 144, 108)),
                               (own, to_tensor(own)[None] / 255, (40, 40, 72, 72))]:
         lab = infer.predict(model, gray_of(to_tensor(photo)[None] / 255), infer.encode(model, style))
-        lab = infer.refine(lab, [(1., infer.palette(rgb_to_lab(style)[:, 1:]))])
+        lab = infer.refine(lab, [(1., infer.palette_of(rgb_to_lab(style)[:, 1:]))])
         assert np.array_equal(np.asarray(sheet.crop(box)), np.asarray(infer.join(photo, lab)))
 
 
@@ -249,7 +249,7 @@ def scene_lab(seed):
     """L, a, b (1, 3, 48, 48) of a drawn scene, and the palette of its filtered colors, as refine gives it to move."""
     lab = rgb_to_lab(resize_short_side(draw_scene(seed), 48)[..., :48, :48])
     slope, offset = infer.guided_filter(lab[:, 1:], lab[:, :1])
-    return lab, infer.palette(slope * lab[:, :1] + offset)
+    return lab, infer.palette_of(slope * lab[:, :1] + offset)
 
 
 def test_averaging_takes_the_mean_color_of_the_places_that_are_alike():
@@ -371,10 +371,10 @@ def test_moving_gives_equal_colors_equal_colors_and_reaches_the_palette():
     ab = lab[:, 1:].clone()
     ab[0, :, 10, 10], ab[0, :, 40, 5] = ab[0, :, 25, 30], ab[0, :, 25, 30]
     wanted = painting(3)
-    moved = infer.move(ab, infer.palette(ab), [(1., wanted)])
+    moved = infer.move(ab, infer.palette_of(ab), [(1., wanted)])
     assert torch.equal(moved[0, :, 10, 10], moved[0, :, 25, 30])
     assert torch.equal(moved[0, :, 40, 5], moved[0, :, 25, 30])
-    before, after = (oracle.wasserstein(infer.palette(x).T.numpy(), wanted.T.numpy(), 8) for x in (ab, moved))
+    before, after = (oracle.wasserstein(infer.palette_of(x).T.numpy(), wanted.T.numpy(), 8) for x in (ab, moved))
     assert after < .5 * before
 
 
@@ -385,11 +385,11 @@ def test_refining_averages_smooths_moves_and_smooths_again():
     L, ab = lab.split([1, 2], dim=1)
     once = infer.make_smooth(L)(infer.average_alike(ab, L))
     slope, offset = infer.guided_filter(once, L)                                # join will filter them, too
-    moved = infer.move(once, infer.palette(slope * L + offset), [(1., wanted)])
+    moved = infer.move(once, infer.palette_of(slope * L + offset), [(1., wanted)])
     change = infer.make_smooth(L)(moved) - ab
     assert torch.equal(whole, torch.cat([L, ab + change], dim=1))
     assert (half - (lab + whole) / 2).abs().max() < 1e-4
-    before, between, after = (oracle.wasserstein(infer.palette(x[:, 1:]).T.numpy(), wanted.T.numpy(), 8)
+    before, between, after = (oracle.wasserstein(infer.palette_of(x[:, 1:]).T.numpy(), wanted.T.numpy(), 8)
                               for x in (lab, half, whole))
     assert after < .5 * before and after < between < before
 
@@ -497,8 +497,26 @@ def test_on_a_terminal_a_folder_shows_how_far_it_is(place, monkeypatch, capsys):
             return True
     monkeypatch.setattr(sys, "stderr", Terminal())
     call("photos", "styles", "--refine", 0, "--output", "out")
-    shown = [part.strip() for part in sys.stderr.getvalue().split("\r") if part]
+    shown = [part.strip() for part in sys.stderr.getvalue().split("\r") if part.strip()]
     assert [s.split(",")[0] for s in shown] == ["1 of 4", "2 of 4", "3 of 4"] and "s left" in shown[0]
+
+
+def test_on_a_terminal_the_names_of_the_files_are_whole(place, monkeypatch, capsys):
+    """Both streams go to one screen, on which \\r goes back to the start of the line and writes over it."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    call("photos", "styles", "--refine", 0, "--output", "o")
+    lines = []
+    for line in screen.getvalue().split("\n")[:-1]:
+        on_screen = ""
+        for part in line.split("\r"):
+            on_screen = part + on_screen[len(part):]
+        lines.append(on_screen.rstrip())
+    assert sorted(lines) == sorted(str(path) for path in Path("o").iterdir()) and len(lines) == 4
 
 
 def test_pictures_of_formats_that_cannot_be_read_are_counted_and_told_what_to_do(place, capsys):
@@ -664,7 +682,7 @@ def test_the_shipped_network_gives_the_same_picture_twice(tmp_path):
 
 def test_padding_hardly_moves_the_shipped_networks_colors():
     """A photo of 113x121, which is padded to 128x128, against the same part of the whole photo of 128x128."""
-    model, size = infer.load_model(infer.SHIPPED)
+    model, size = infer.load_model(infer.OURS)
     photo = to_tensor(crop_square(open_picture(TOP / "examples/chelsea.jpg"), 128))[None] / 255
     z = infer.encode(model, small(TOP / "examples/harvest.jpg", size))
     whole, part = (infer.predict(model, gray_of(p), z)[:, 1:, :121, :113] for p in (photo, photo[:, :, :121, :113]))
@@ -672,16 +690,16 @@ def test_padding_hardly_moves_the_shipped_networks_colors():
 
 
 def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():
-    model, size = infer.load_model(infer.SHIPPED)
+    model, size = infer.load_model(infer.OURS)
     style = small(TOP / "examples/gray.jpg", size)
     lab = infer.predict(model, gray_of(style), infer.encode(model, style))
-    for ab in (lab[:, 1:], infer.refine(lab, [(1., infer.palette(rgb_to_lab(style)[:, 1:]))])[:, 1:]):
+    for ab in (lab[:, 1:], infer.refine(lab, [(1., infer.palette_of(rgb_to_lab(style)[:, 1:]))])[:, 1:]):
         assert ab.norm(dim=1).mean() < 3
 
 
 def test_refining_stays_near_the_palette_and_makes_the_sky_smoother(monkeypatch):
     """Three photos with four styles, by the pictures that are shown and all of their pixels."""
-    model, size = infer.load_model(infer.SHIPPED)
+    model, size = infer.load_model(infer.OURS)
     transfers, deviations = [], []
     for name, other in itertools.product(["chelsea", "coffee", "rocket"], ["style", "garden", "harvest", "checks"]):
         photo = crop_square(open_picture(TOP / f"examples/{name}.jpg"), 128)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+import bench
 import infer
 import measure
+import train
 from data import UserError, draw_scene, rgb_to_lab
 from losses import LPIPS, load_trunk
 from model import Colorizer, ModelConfig
@@ -86,7 +88,7 @@ def test_mix_is_what_loops_over_all_pairs_find():
 
 
 def test_mix_looks_at_the_same_pixels_every_time_and_leaves_pictures_of_one_color_out():
-    lab = rgb_to_lab(measure.tensor(draw_scene(3)))
+    lab = rgb_to_lab(measure.to_batch(draw_scene(3)))
     first, second = measure.pixel_pairs(lab), measure.pixel_pairs(lab)
     assert all(torch.equal(a, b) for a, b in zip(first, second)) and len(first[0].unique()) == measure.SAMPLE
     assert measure.mix(lab[:, 1:], measure.pixel_pairs(picture([0 * X, 0 * X, 0 * X]))) == (0, 0)
@@ -194,7 +196,7 @@ def checkpoint(path, **config):
 
 def test_a_copy_of_the_photo_has_the_best_values_and_the_photos_own_coherence(random_alexnet):
     photos = [draw_scene(n).resize((128, 128)) for n in range(3)]
-    labs = [rgb_to_lab(measure.tensor(p)) for p in photos]
+    labs = [rgb_to_lab(measure.to_batch(p)) for p in photos]
     facts = [(lab[:, :1], measure.pixel_pairs(lab), measure.flat_regions(lab[:, :1])) for lab in labs]
     lpips = LPIPS("alex", load_trunk("alex", random_alexnet))
     pairs = [(0, 0), (1, 1), (2, 2)]
@@ -249,3 +251,22 @@ def test_the_table(tmp_path, capsys, monkeypatch, random_alexnet):
     monkeypatch.setattr("sys.argv", [command[0], command[1], str(tmp_path / "empty")])
     with pytest.raises(UserError, match="empty: no pictures"):
         measure.main()
+    _, table = rows("--limit", "1")                                                     # one pair has no correlation
+    assert table["mean color"]["corr a"] == "-" != table["mean color"]["by lightness"]
+    unet = checkpoint(tmp_path / "unet.pt", use_style=False)
+    monkeypatch.setattr("sys.argv", [*command[:-2], "--weights", str(unet)])
+    with pytest.raises(UserError, match="unet.pt: a plain U-Net"):
+        measure.main()
+    for wrong in (["--pairs", "0"], ["--limit", "-1"]):
+        monkeypatch.setattr("sys.argv", [*command, *wrong])
+        with pytest.raises(SystemExit):
+            measure.main()
+
+
+@pytest.mark.parametrize("preset, optimizers", [("final", 1), ("dual", 2), ("unet", 1)])
+def test_the_memory_benchmark_takes_three_steps_of_every_optimizer(preset, optimizers):
+    small = dict(size=32, batch_size=2, width=4, latent=4, lpips=0.)
+    s = train.Settings(**{**train.PRESETS[preset], **small}).check()
+    found = bench.train_three_steps(s, torch.device("cpu"))
+    steps = [{int(state["step"]) for state in optimizer.state.values()} for optimizer in found]
+    assert steps == [{3}] * optimizers

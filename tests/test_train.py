@@ -137,7 +137,7 @@ def test_ctrl_c_before_the_first_validation_leaves_a_checkpoint_and_a_sample(tmp
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs us in the background ignores it
 
     def interrupt():
-        while not (run / "log.csv").exists():  # written when the handlers are in place
+        while not (run / ".lock").exists():  # written when the handlers are in place
             time.sleep(.01)
         time.sleep(.3)
         os.kill(os.getpid(), signal.SIGINT)
@@ -152,6 +152,36 @@ def test_ctrl_c_before_the_first_validation_leaves_a_checkpoint_and_a_sample(tmp
     # The next validation finds a better one: what was never validated is not the best.
     assert go(*TINY, "--steps", step + 1, "--output", run, "--resume") == 0
     assert saved(run, "best.pt")["step"] == step + 1 and math.isfinite(saved(run)["best"])
+
+
+def test_ctrl_c_in_the_last_step_has_nothing_to_stop(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "listen_for_stop", lambda: [signal.SIGINT])
+    assert go(*TINY, "--steps", 1, "--output", tmp_path / "run") == 0
+    assert "done" in capsys.readouterr().out and float(log(tmp_path / "run")[-1]["val_loss"]) > 0
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="try a lower --lr .*nothing was saved"):
+        go(*TINY, "--steps", 3, "--lr", 2e9, "--output", run)
+    assert go(*TINY, "--steps", 1, "--output", run) == 0
+
+
+def test_init_is_for_new_runs(tmp_path, capsys):
+    run, first = tmp_path / "run", tmp_path / "first"
+    go(*TINY, "--steps", 1, "--output", first)
+    go(*TINY, "--steps", 1, "--init", first / "last.pt", "--output", run, "--resume")   # an empty folder starts anew
+    assert go(*TINY, "--steps", 2, "--init", first / "last.pt", "--output", run, "--resume") == 0
+    with pytest.raises(UserError, match="has begun already; --init is for a new run"):
+        go(*TINY, "--steps", 3, "--init", run / "best.pt", "--output", run, "--resume")
+
+
+def test_an_output_among_the_photos_is_refused(tmp_path):
+    for n in range(4):
+        draw_scene(n).save(tmp_path / f"{n}.png")
+    with pytest.raises(UserError, match="lies in --data"):
+        go(*TINY, "--data", tmp_path, "--steps", 1, "--output", tmp_path / "runs" / "x")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, capsys):
@@ -334,6 +364,20 @@ def test_with_minutes_a_run_is_validated_about_ten_times(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     go(*TINY, "--batch-size", 1, "--val-size", 1, "--minutes", 2, "--val-every", 100_000, "--output", tmp_path / "run")
     assert 6 <= len(log(tmp_path / "run")) <= 12
+
+
+def test_minutes_do_not_count_what_comes_before_the_first_step(tmp_path, monkeypatch):
+    """The same clock; to find the data takes an hour."""
+    clock, find_data = [0.], train.find_data
+
+    def look(seconds=.5):
+        clock[0] += seconds
+        return clock[0]
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=look))
+    monkeypatch.setattr(train, "find_data", lambda *args: look(3600) and find_data(*args))
+    go(*TINY, "--batch-size", 1, "--val-size", 1, "--minutes", .2, "--val-every", 100_000, "--output", tmp_path / "run")
+    assert saved(tmp_path / "run")["step"] > 3 and saved(tmp_path / "run")["seconds"] < 60
 
 
 def test_a_run_whose_time_ends_in_a_validation_ends_with_it(tmp_path, monkeypatch):
@@ -627,3 +671,18 @@ def test_init_takes_a_checkpoint_of_format_1(tmp_path):
     torch.save({**checkpoint, "format": 1, "model": {**config, "relu": False, "resize": False}}, tmp_path / "old.pt")
     go(*TINY, "--preset", "lab", "--steps", 1, "--lr", 0, "--init", tmp_path / "old.pt", "--output", tmp_path / "run")
     assert torch.equal(saved(tmp_path / "run")["weights"]["head.weight"], checkpoint["weights"]["head.weight"])
+
+
+def test_with_amp_the_style_encoder_sees_the_exact_colors():
+    """In LAB they are computed: bfloat16 would be wrong by up to 2 units of a and b."""
+    class Model(Colorizer):
+        def encode_style(self, style):
+            self.seen = style
+            return super().encode_style(style)
+
+    s = train.Settings(space="lab", amp=True, lpips=0., size=32, width=4, latent=8)
+    recipe, model = train.Recipe(s, torch.device("cpu")), Model(ModelConfig(space="lab", width=4, latent=8))
+    picture = to_tensor(draw_scene(1).resize((32, 32)))[None]
+    recipe.losses(model, recipe.prepare((picture, picture)), 0)
+    assert model.seen.dtype == torch.float32
+    np.testing.assert_allclose(model.seen[0], oracle.lab(picture[0].numpy() / 255)[1:] / 110, atol=1e-4)

@@ -101,10 +101,12 @@ FILES = [  # name, picture, how to save it, color of the left half, of the right
     ("i16_dark.png", Image.fromarray(halves(0, 255, np.uint16)), {}, [0] * 3, [1] * 3, 0),  # all but black, not white
     ("i32_of_16.tif", Image.fromarray(halves(10_000, 50_000, np.int32)), {}, [39] * 3, [195] * 3, 0),
     ("i32_of_8.tif", Image.fromarray(halves(40, 210, np.int32)), {}, [40] * 3, [210] * 3, 0),
+    ("i32_of_32.tif", Image.fromarray(halves(10 ** 9, 2 * 10 ** 9, np.int32)), {}, [128] * 3, [255] * 3, 1),
     ("f_to_1.tif", Image.fromarray(halves(.2, .8, np.float32)), {}, [51] * 3, [204] * 3, 0),
     ("f_to_255.tif", Image.fromarray(halves(40, 210, np.float32)), {}, [40] * 3, [210] * 3, 0),
     ("f_above_1.tif", Image.fromarray(halves(.2, 1.4, np.float32)), {}, [51] * 3, [255] * 3, 0),
     ("f_inf.tif", Image.fromarray(halves(.2, np.inf, np.float32)), {}, [51] * 3, [255] * 3, 0),
+    ("f_255_and_inf.tif", Image.fromarray(halves(100, np.inf, np.float32)), {}, [100] * 3, [100] * 3, 0),
     ("f_nan.tif", Image.fromarray(halves(np.nan, .8, np.float32)), {}, [0] * 3, [204] * 3, 0)]
 
 

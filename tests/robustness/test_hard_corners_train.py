@@ -202,13 +202,27 @@ def test_nan_weights_are_not_saved_even_when_the_losses_looked_well(tmp_path, mo
     go(*TINY, "--steps", 1, "--output", run)
     before = {name: (run / name).read_bytes() for name in ("last.pt", "best.pt")}
     monkeypatch.setattr(train, "train_step", breaking_step)
-    monkeypatch.setattr(train, "listen_for_stop", lambda _: [signal.SIGINT])
+    monkeypatch.setattr(train, "listen_for_stop", lambda: [signal.SIGINT])
     with pytest.raises(UserError, match="nan or inf at step 2.*last.pt of step 1 is kept"):
         go(*TINY, "--steps", 9, "--output", run, "--resume")
     assert {name: (run / name).read_bytes() for name in before} == before
     with pytest.raises(UserError, match="nan or inf at step 1.*nothing.*saved"):
         go(*TINY, "--steps", 9, "--output", tmp_path / "new")
     assert not list((tmp_path / "new").glob("*.pt"))
+
+
+@POSIX
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["as Ctrl-C with | tee", "a closed terminal"])
+def test_a_stop_saves_also_when_nobody_reads_the_output_any_more(tmp_path, number):
+    run = tmp_path / "run"
+    process = command(*TINY, *LONG, run, "--val-every", 100_000)
+    until((run / ".lock").exists, process)
+    time.sleep(1)
+    process.stdout.close()
+    process.send_signal(number)
+    process.wait(LIMIT)
+    assert saved(run)["step"] >= 1 and list((run / "samples").glob("*.png"))
+    process.stderr.close()
 
 
 @LINUX
@@ -522,10 +536,10 @@ def test_a_changed_weight_decay_is_the_one_that_counts_after_a_resume(tmp_path):
 
 def test_what_differs_is_told_in_a_line_of_bounded_length(tmp_path, capsys, finished):
     (tmp_path / "run").mkdir()
-    torch.save({**finished, "settings": {**finished["settings"], "init": "x" * 10 ** 5}}, tmp_path / "run" / "last.pt")
-    go("--resume", "--steps", 3, "--init", "", "--output", tmp_path / "run")
+    torch.save({**finished, "settings": {**finished["settings"], "lpips_weights": "x" * 10 ** 5}}, tmp_path / "run" / "last.pt")
+    go("--resume", "--steps", 3, "--lpips-weights", "", "--output", tmp_path / "run")
     err = capsys.readouterr().err
-    assert "init" in err and len(err) < 2000
+    assert "lpips_weights" in err and len(err) < 2000
 
 
 # ---- memory and time from small files ---------------------------------------------------------------------
