@@ -339,7 +339,7 @@ def find_data(source, train_size, val_size, seed):
     val, train = drop_gray_and_broken(val, val_size), drop_gray_and_broken(train, train_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
-            raise UserError(f"needs {'a readable picture' if split else 'two readable pictures'} in color "
+            raise UserError(f"needs {'one readable picture' if split else 'two readable pictures'} in color "
                             f"({' '.join(sorted(EXTENSIONS))})", folder / name if split else folder)
     return train, val
 
