@@ -75,7 +75,7 @@ class Settings(ModelConfig):
     style_from: str = setting("same", "the style in training: the photo, or another one", ("same", "other"))
     # The loss (losses.py). mse keeps the result near the photo, lpips makes it look right, palette makes it
     # as colorful as the photo, pair keeps one thing in one color. Mind their sizes: after some training of
-    # `ours` mse is about .002, lpips .08, palette .016, pair .4. style_loss is combined: added to the others,
+    # `ours` mse is about .002, lpips .07, palette .016, pair .4. style_loss is combined: added to the others,
     # or dual: with an optimizer of its own.
     mse: float = setting(1., "weight of the mean squared error")
     lpips: float = setting(1., "weight of LPIPS, 0: not even loaded")

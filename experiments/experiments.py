@@ -36,14 +36,14 @@ from losses import psnr  # noqa: E402
 
 CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
 CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
-# "What makes a style branch die": which runs, and the color of each.
+# "What makes a style branch die?": which runs, and the color of each.
 DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
          "authors-own": "gray"}
-# "Scarcity": the same network in three widths.
+# Section 3.3: the same network in three widths.
 WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
-# "The codes of the wide network": three runs, from the authors' initial weights twice and from ours.
+# Table 2, figure 5: three runs of the wide network, from the authors' initial weights twice and from ours.
 WIDE = {"wide2000": "steelblue", "wide2000-seed1": "mediumseagreen", "collapsed2000": "darkorange"}
-# Columns of one run: "Longer training", "The U-Net alone", "A loss on the codes".
+# Columns of one run: section 2.2 (longer training), table 1 (the U-Net alone), section 3.2 (a loss on the codes).
 LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
 UNET = {"train_loss": "steelblue", "val_loss": "firebrick"}
 COMBINED = {"color_loss": "steelblue", "style_loss": "firebrick", "val_spread": "gray"}
@@ -66,7 +66,7 @@ TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING
             "latents": [(f"{n} numbers", run, "val_transfer", color) for n, run, color in (
                 (2, "latent2-long", "firebrick"), (8, "latent8-long", "goldenrod"),
                 (16, "latent16-long", "mediumseagreen"), (32, "latent32-long-seed1", "steelblue"),
-                (64, "latent64-long", "mediumpurple"), (128, "latent128-long", "darkorange"))]}
+                (64, "latent64-long", "mediumpurple"), (128, "latent128-long", "black"))]}
 
 
 def grid(out, truth):
