@@ -172,7 +172,7 @@ MIN_CHROMA = 4.0                                            # mean chroma under 
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2           # Pillow refuses above twice this, and warns above it
 warnings.filterwarnings("ignore", module="PIL")    # of large pictures, and of every odd EXIF tag
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # some decoders log what they then raise
 
 
 def open_picture(path, at_least=None):
@@ -206,12 +206,13 @@ def open_picture(path, at_least=None):
 def to_rgb(picture):
     """A PIL picture of any mode -> mode RGB; what is transparent becomes white."""
     if picture.mode == "F" or picture.mode.startswith("I"):
-        # Pillow would cut these off at 255. 16-bit pictures ("I;16" and the like) have values to 65535, float
-        # ones usually to 1 or a little above; a plain "I" may hold either 8 or 16 bits.
+        # Pillow would cut these off at 255. Which value is white? 65535 with 16 bits ("I;16" and the like); a
+        # plain "I" may hold 8, 16 or 32 bits, and floats mostly go to 1 or to 255, or a little above.
         x = np.asarray(picture).astype(np.float32)
-        x = np.nan_to_num(x, posinf=np.max(x, initial=1, where=np.isfinite(x)))
-        top = max(65535, x.max()) if x.max() > 255 or picture.mode not in ("F", "I") else 255
-        top = 1 if picture.mode == "F" and x.max() < 10 else top
+        x = np.nan_to_num(x, posinf=np.max(x, initial=1, where=np.isfinite(x)), neginf=0)
+        top = max(65535, x.max())
+        if picture.mode == "F" and x.max() < 1000 or picture.mode == "I" and x.max() <= 255:
+            top = 1 if picture.mode == "F" and x.max() < 10 else 255
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -241,8 +242,7 @@ def resize_short_side(picture, size):
     """
     W, H = picture.size
     w, h = (min(4 * size, max(1, round(side * size / min(W, H)))) for side in (W, H))
-    small = picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
-    return to_batch(small)                                                      # (1, 3, h, w)
+    return to_batch(picture.resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3))   # (1, 3, h, w)
 
 
 def crop_square(picture, size, rng=None):

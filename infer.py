@@ -46,8 +46,7 @@ FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 OURS, PAPER = (Path(__file__).resolve().parent / "weights" / name for name in ("colorizer.pt", "paper.pt"))
 STRIP_PIXELS = 1 << 18  # pixels that are joined at a time; sets the memory beyond the decoded pictures
 # The longest side that is safe in each format; the others have no limit that a picture of ours could reach.
-MAX_SIDE = {".jpg": 65500, ".jpeg": 65500, ".jpe": 65500, ".jfif": 65500, ".webp": 16383, ".gif": 65535,
-            ".avif": 16384}
+MAX_SIDE = {".webp": 16383, ".avif": 16384} | dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".gif"), 65500)
 
 
 # ---- checkpoints ------------------------------------------------------------------------------------------
@@ -147,8 +146,8 @@ def guided_filter(ab, L):
     by a straight line, ab = slope * L + offset. With the small L, slope * L + offset is ab without speckle
     and without the checkerboard of the transposed convolutions. With the L of the large photo it is ab
     enlarged: colors change where the photo has an edge, and not in a soft band beside it. GUIDE_EPS is added
-    to the variance of L: where L deviates by much less than its root, 7, the slope goes to 0 and the box gets
-    nearly one color.
+    to the variance of L: where L deviates by much less than 7, the root of GUIDE_EPS, the slope goes to 0
+    and the box gets nearly one color.
     """
     planes = torch.cat([L, ab, L * L, L * ab], dim=1)                           # (B, 6, h, w)
     mean_L, mean_ab, mean_LL, mean_Lab = box_mean(planes, GUIDE_RADIUS).split([1, 2, 1, 2], dim=1)
@@ -161,7 +160,7 @@ def guided_filter(ab, L):
 def join(photo, lab):
     """Give a PIL photo of any size the colors of a small picture lab (1, 3, h, w), and its own L.
 
-    Joined in strips of some rows, so that memory does not grow with the photo beyond the two pictures.
+    Joined in strips of one row or more, so that memory hardly grows with the photo beyond the two pictures.
     Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
     """
     # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so each plane becomes a picture.
@@ -183,7 +182,7 @@ def join(photo, lab):
     return result
 
 
-# ---- refine, not in the paper: first steadier surfaces, then again the style's colors ---------------------
+# ---- refine, not in the paper: steadier surfaces, and then the style's colors once more -------------------
 
 # How far apart places may be and still be alike, in y, x (pixels), L, roughness, a and b. A place that
 # differs by so much in one of them weighs .6 of an equal one, one that differs by twice as much .14.
@@ -215,8 +214,9 @@ def average_alike(ab, L):
 
 
 EDGE = .7     # a step of L (means of 3x3 pixels) by this leaves a third of the pull between two neighbors
-SPREAD = 1e5  # the pull between neighbors of equal L, against a pull of 1 to the pixel's own old color: so
-# colors run about sqrt(SPREAD) = 300 pixels far, over all of a surface
+# The pull between neighbors of equal L; that of the pixel's own old color is 1. So colors run about
+# sqrt(SPREAD) = 300 pixels far, over all of a surface.
+SPREAD = 1e5
 
 
 def make_smooth(L):
@@ -314,8 +314,9 @@ def move(ab, source, palettes):
         # one of many strong colors. With less blur the palette is reached more exactly, but two parts of a
         # thing easily get different colors; with more the result is paler.
         blur = max(6., BLUR * target.std(0).norm().item())
-        # How far does a color shift? `to` holds two changes: the way to the style, and a pull toward the
-        # colors around it, which comes from the blur. `stay`, from the palette to itself, is that pull alone.
+        # How far does a color shift? The step to `to` has two parts: the way to the style, and a pull to the
+        # colors around, which comes from the blur. The step to `stay` (from the palette to itself) is that
+        # pull alone.
         to, stay = (transport(source, goal, colors, blur) for goal in (target, source))
         moved = colors + to - stay
         # Smoothing and means make colors paler. One factor for all gives back the mean chroma of the style.
@@ -355,8 +356,8 @@ def refine(lab, palettes, amount=REFINE):
 
 def color(model, gray, z, palettes, amount=REFINE, strength=1.):
     """predict, then refine: gray (1, 1, h, w) -> L, a, b (1, 3, h, w); a, b are multiplied by strength."""
-    L, ab = refine(predict(model, gray, z), palettes, amount).split([1, 2], dim=1)
-    return torch.cat([L, strength * ab], dim=1)
+    lab = refine(predict(model, gray, z), palettes, amount)
+    return lab * torch.tensor([1., strength, strength])[:, None, None]
 
 
 # ---- drawings ---------------------------------------------------------------------------------------------
@@ -366,22 +367,17 @@ def gray_version(picture):
     return to_picture(gray_of(to_batch(picture)).expand(-1, 3, -1, -1)[0])
 
 
-def sheet(photos, styles, size, colorings):
-    """A sheet like the paper's figure 8: a row for each photo, with the gray photo and its colorings.
+def sheet(rows, size):
+    """A sheet like the paper's figure 8, from rows of PIL pictures, None for an empty cell -> PIL picture.
 
-    photos: PIL pictures, of which the center square is taken; styles: PIL pictures for the first row, or None
-    for an empty cell; colorings: a function that gives for a photo's square its colorings, one for each
-    style, in their order. Returns a PIL picture.
+    The center square of each is shown, at size x size.
     """
-    squares = [crop_square(photo, size) for photo in photos]
-    rows = [[None] + [style and crop_square(style, size) for style in styles]]
-    rows += [[gray_version(square), *colorings(square)] for square in squares]
     step = size + 4
     page = Image.new("RGB", (len(rows[0]) * step + 4, len(rows) * step + 4), "white")
     for y, row in enumerate(rows):
         for x, cell in enumerate(row):
             if cell:  # an empty one stays white
-                page.paste(cell, (4 + x * step, 4 + y * step))
+                page.paste(crop_square(cell, size), (4 + x * step, 4 + y * step))
     return page
 
 
@@ -486,18 +482,18 @@ class Files:
     A result never replaces an input, and two results never go to one file: nobody asked to lose a picture.
 
     output: as on the command line; inputs: paths that must not be overwritten; wanted: how many results
-    will be saved. keep: keys of files that must stay, inputs and results; failures: how many pictures
+    will be saved. taken: keys of inputs and results; failures: how many pictures
     could not be read. Raises UserError for an impossible output.
     """
 
     def __init__(self, output, inputs, wanted):
         self.output, self.wanted, self.saved, self.failures = Path(output), wanted, 0, 0
-        self.keep, self.started = set(map(self.key, inputs)), time.monotonic()
+        self.taken, self.started = set(map(self.key, inputs)), time.monotonic()
         # A name with an ending is a file, unless it is a folder already.
         self.is_file = self.output.suffix != "" and not (os.path.isdir(output) or str(output).endswith("/"))
         if self.is_file and wanted > 1:
             raise UserError(f"{wanted} pictures do not fit into one file; name a folder as --output", output)
-        if self.is_file and self.key(output) in self.keep:
+        if self.is_file and self.key(output) in self.taken:
             raise UserError("is one of the inputs, and stays; choose another --output", output)
         if self.is_file and self.output.suffix.lower() not in EXTENSIONS:
             raise UserError(f"unknown picture format ({' '.join(sorted(EXTENSIONS))}); the name of a new "
@@ -523,7 +519,7 @@ class Files:
         # a/x.jpg and b/x.jpg would both become x_style.png: the second one becomes x_style_2.png. So does a
         # result that would replace an input.
         numbers = itertools.count(2)
-        while self.key(path) in self.keep:
+        while self.key(path) in self.taken:
             path = self.output / f"{name}_{next(numbers)}.png"
         limit = MAX_SIDE.get(path.suffix.lower(), sys.maxsize)
         if max(picture.size) > limit:
@@ -532,14 +528,11 @@ class Files:
         # so unless it loses nothing at all.
         options = dict(quality=95, subsampling="4:4:4", lossless=path.suffix.lower() == ".webp")
         save_atomically(path, lambda part: picture.save(part, **options))
-        self.keep.add(self.key(path))
+        self.taken.add(self.key(path))
         self.saved += 1
         # On a terminal, how far it is; on stderr, so that it does not get into a list of the files.
-        terminal = sys.stderr.isatty()
-        if terminal:
-            print(" " * 40, end="\r", file=sys.stderr, flush=True)  # erase what was there
-        print(printable(path))
-        if terminal and self.saved < self.wanted:
+        print(printable(path).ljust(40 * sys.stdout.isatty()))  # spaces over what stood there
+        if sys.stderr.isatty() and self.saved < self.wanted:
             left = (time.monotonic() - self.started) * (self.wanted / self.saved - 1)
             print(f"{self.saved} of {self.wanted}, {left:.0f} s left ", end="\r", file=sys.stderr)
 
@@ -589,18 +582,16 @@ def color_grid(model, photos, styles, files, size, args):
     # A color photo as its own style: with --refine 0 this is what the network was trained to restore.
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
     looks = make_looks(styles, args.blend)
-
-    def colorings(photo):
-        """One row of the sheet."""
+    rows = [[None] * (1 + own) + ([None] if args.blend else [to_picture(small[0]) for _, small, _ in styles])]
+    for photo in pictures:
         small = to_batch(photo)                                                 # (1, 3, size, size)
         gray = gray_of(small)  # made once for all styles
         itself = make_looks([("", small, encode(model, small))]) if own else []
+        rows.append([gray_version(photo)])
         for _, z, palettes in itself + looks:
-            yield join(photo, color(model, gray, z, palettes, args.refine, args.strength))
-
+            rows[-1].append(join(photo, color(model, gray, z, palettes, args.refine, args.strength)))
     if pictures:
-        shown = [None] if args.blend else [to_picture(small[0]) for _, small, _ in styles]
-        files.save(sheet(pictures, [None] * own + shown, size, colorings), "grid")
+        files.save(sheet(rows, size), "grid")
 
 
 def show_codes(styles, files):

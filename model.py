@@ -26,7 +26,7 @@ def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
     """A dataclass field that carries its own help text, choices and bounds.
 
     The command line, the check of a checkpoint and the check of --resume are all made from these fields:
-    a new setting needs this one line and nothing else.
+    a new setting needs this one line, and its use.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 

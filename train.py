@@ -32,14 +32,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 # infer comes first: it says which package is missing.
-from infer import FORMAT, draw_curves, encode, join, load_checkpoint, pick_device, predict, sheet
+from infer import (FORMAT, draw_curves, encode, gray_version, join, load_checkpoint, pick_device, predict,
+                   sheet)
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from data import (Parser, Photos, UserError, batch_order, find_data, gray_of, network_to_lab, network_to_rgb,
-                  printable, resize_short_side, rgb_to_lab, rgb_to_network, run_program, save_atomically,
-                  sliced_wasserstein, to_batch)
+from data import (Parser, Photos, UserError, batch_order, crop_square, find_data, gray_of, network_to_lab,
+                  network_to_rgb, printable, resize_short_side, rgb_to_lab, rgb_to_network, run_program,
+                  save_atomically, sliced_wasserstein, to_batch)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -216,7 +217,7 @@ class Recipe:
 
         # Forward. In the paper the style is the photo itself ("implicit training"): nothing but the wish to
         # restore the photo teaches the style encoder what to put into z.
-        # Colors and losses are computed in float32, outside of autocast.
+        # Conversions of color and losses are computed in float32, outside of autocast.
         seen = rgb_to_network(style, s.space)                                   # (B, 3 or 2, S, S)
         with self.autocast:
             z = model.encode_style(seen) if s.use_style else None               # (B, D)
@@ -279,10 +280,10 @@ def learning_rate(s, step, progress):
     falls to 0 at the end lets the weights settle.
     """
     # Warm-up: it rises over the first steps, or over the first tenth of a short run.
-    lr = s.lr * min(1, max((step + 1) / (s.warmup + 1), 10 * progress))
-    if s.schedule == "cosine":
-        lr = lr * (1 + math.cos(math.pi * progress)) / 2  # falls from lr to 0, slowly at both ends
-    return lr
+    rise = min(1, max((step + 1) / (s.warmup + 1), 10 * progress))
+    # Cosine: it falls from 1 to 0, slowly at both ends.
+    fall = (1 + math.cos(math.pi * progress)) / 2 if s.schedule == "cosine" else 1
+    return s.lr * rise * fall
 
 
 @torch.no_grad()
@@ -370,8 +371,10 @@ def train(preset, given, resume, dry_run):
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
-    if os.path.isdir(s.data) and Path(s.data).resolve() in run.folder.resolve().parents:
-        raise UserError("lies in --data: its samples would become photos; choose another --output", run.folder)
+    # Of a folder with train/ and val/ only those are read; any other must not come to hold samples.
+    inside = os.path.isdir(s.data) and run.folder.resolve().is_relative_to(Path(s.data).resolve())
+    if inside and not run.saved and not os.path.isdir(Path(s.data, "val")):
+        raise UserError("lies in --data: its samples would become photos; take another --output", run.folder)
     processes = Processes(device)
     model, optimizers = build(run, device)
     if run.saved:
@@ -436,17 +439,18 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         run.step += 1
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
-        *losses, stopping, run.seconds = processes.mean([*values.values(), bool(stop), run.clock()])
-        run.require_finite("the loss", losses)
-        run.recent.append(dict(zip(values, losses)))
-        stopping = stopping and run.progress() < 1  # at the end there is nothing left to stop
+        *numbers, stopping, run.seconds = processes.mean([*values.values(), bool(stop), run.clock()])
+        run.require_finite("the loss", numbers)
+        run.recent.append(dict(zip(values, numbers)))
+        # One process that was told to stop is enough; at the end there is nothing left to stop.
+        stopping = stopping > 0 and run.progress() < 1
 
         # Validate and save: every --val-every steps, every tenth of --minutes, when stopped, and at the end.
         if run.step % s.val_every == 0 or run.seconds >= next_validation or stopping or run.progress() >= 1:
             now = report(run, model, recipe, optimizers, val_loader, processes, stopping)
             # The next one comes after a tenth of the run or five times what this one took, whichever is more.
             next_validation = now + max(tenth, 5 * (now - run.seconds))
-            run.seconds = now
+            run.seconds, run.recent, run.printed = now, [], (time.monotonic(), run.step)
         else:
             run.print_progress(recipe.device)
         if stopping:
@@ -462,8 +466,8 @@ def report(run, model, recipe, optimizers, val_loader, processes, stopping):
     """Validate (not when stopped: somebody waits), write the checkpoints, the log and a sample strip.
 
     last.pt comes after best.pt: the other way round, in a run killed between the two, it would remember a
-    lowest loss that best.pt never had. Only the first process does this; the others wait. Returns what the
-    clock of all says after it.
+    lowest loss that best.pt never had. Only the first process does this; the others wait. Returns the mean of
+    their clocks after it.
     """
     processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
     if not processes.rank:
@@ -494,14 +498,14 @@ def sample(model, photos, s):
     def code(picture):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
 
-    def colorings(photo):
-        gray = gray_of(to_batch(photo))                                         # (1, 1, S, S)
-        return (join(photo, predict(model, gray, z)) for z in [code(photo), *others])
-
     pictures = [photos.load(i) for i in range(min(8, len(photos)))]
     styles = pictures[4:] if s.use_style else []
-    others = [code(style) for style in styles]
-    return sheet(pictures[:4], [None, *styles], s.size, colorings)
+    others, rows = [code(style) for style in styles], [[None, None, *styles]]
+    for photo in (crop_square(picture, s.size) for picture in pictures[:4]):
+        gray = gray_of(to_batch(photo))                                         # (1, 1, S, S)
+        colored = [join(photo, predict(model, gray, z)) for z in [code(photo), *others]]
+        rows.append([gray_version(photo), *colored])
+    return sheet(rows, s.size)
 
 
 # ---- a run and its folder ---------------------------------------------------------------------------------
@@ -524,11 +528,9 @@ class Run:
 
     def __init__(self, preset, given, resume, dry_run):
         # preset and given: as parse() found them on the command line.
-        self.folder = Path(given.get("output") or f"runs/{preset or 'final'}")
+        self.folder = Path(given.get("output") or f"runs/{preset or 'final'}", "dry-run" if dry_run else "")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
-        self.rows, self.history, self.saved = [], [], None
-        if dry_run:
-            self.folder = self.folder / "dry-run"
+        self.rows, self.history, self.recent, self.saved = [], [], [], None
         self.found = self.last_saved()
         # Any of these files is a run, also when last.pt was lost: to start anew here would overwrite best.pt.
         if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
@@ -547,12 +549,10 @@ class Run:
             raise UserError(f"cannot go on: {error}{cure}", self.folder) from None
         if dry_run:  # one step and one validation batch
             self.s.steps, self.s.val_size = 1, min(self.s.val_size or 16, 16)
-        self.recent = []
 
     def last_saved(self):
-        """When last.pt was written, in nanoseconds; 0 if there is none."""
-        last = self.folder / "last.pt"
-        return last.stat().st_mtime_ns if last.exists() else 0
+        """When last.pt was written, in nanoseconds: one number, or none."""
+        return [last.stat().st_mtime_ns for last in self.folder.glob("last.pt")]
 
     def restore(self, preset, optimizers):
         """Go back to where last.pt ends. Raises UserError for no run of ours or another preset."""
@@ -578,7 +578,7 @@ class Run:
         if preset not in (None, self.preset):
             raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
         old, new = saved["settings"], vars(self.s)
-        if new["init"] != old.get("init", ""):
+        if new["init"] not in ("", old.get("init", "")):
             raise UserError("has begun already; --init is for a new run, in another --output", self.folder)
         changed = [name for name in old if old[name] != new.get(name, old[name]) and name != "output"]
         # The lowest validation loss so far says nothing when the loss is another one, or its photos are.
@@ -651,7 +651,7 @@ class Run:
                           **{f"val_{name}": value for name, value in result.items()}})
 
     def write_log(self):
-        """Write log.csv, draw loss.png, and print the losses of a new row.
+        """Write log.csv, draw loss.png, and print the losses of the last row.
 
         The whole file is written each time: it is small, and its columns may change with the settings.
         """
@@ -662,10 +662,8 @@ class Run:
         save_atomically(self.folder / "log.csv", lambda part: part.write_bytes(text.getvalue().encode()))
         colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
-        if self.recent:
-            losses = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
-            print("\n" * sys.stdout.isatty() + f"step {self.step}: {losses}", flush=True)
-        self.recent, self.printed = [], (time.monotonic(), self.step)
+        losses = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
+        print("\n" * sys.stdout.isatty() + f"step {self.step}: {losses}", flush=True)
 
     def save(self, name, model, optimizers):
         """Write a checkpoint. (report has made sure that its weights are finite.)"""
@@ -748,7 +746,7 @@ def listen_for_stop():
     stop = []
 
     def on_signal(number, _):
-        # (Under torchrun twice means nothing: it passes on what its processes may also have got themselves.)
+        # (Under torchrun twice means nothing: it repeats a signal that its processes may have got already.)
         if stop and not dist.is_initialized():
             sys.exit(130)
         stop.append(number)

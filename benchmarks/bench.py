@@ -166,8 +166,7 @@ def bench_profile(args):
 
 
 def train_three_steps(s, device):
-    """Three steps of training with these settings, on a random picture -> the optimizers. (Adam's averages come with
-    the first step.)"""
+    """Three steps of training on a random picture -> the optimizers. (Adam's averages come with the first step.)"""
     import train  # here, and not above: the peaks that bench_lpips measures are of a process without it
     recipe, processes = train.Recipe(s, device), train.Processes(device)
     model, optimizers = train.build(types.SimpleNamespace(s=s, saved=None), device)

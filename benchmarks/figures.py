@@ -44,7 +44,7 @@ def columns(captions, rows, side=140):
 
 
 def tradeoff(table):
-    """The rows of measure.py as points: transfer over mix. Rows that differ in one option alone become a curve."""
+    """Rows that measure.py has printed, as points: transfer over mix. Those of one option become a curve."""
     curves = {"ours, --refine": [], "ours, --blur": [], "paper, --refine": []}
     for row in table.splitlines():
         name, *cells = (cell.strip() for cell in row.strip("| ").split("|"))

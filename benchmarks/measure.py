@@ -242,7 +242,7 @@ def main():
     parser.add_argument("--limit", type=int, help="only so many photos, every second, third or so of the folder")
     parser.add_argument("--large", help="folder of photos for the column edges")
     args = parser.parse_args()
-    if args.pairs < 1 or (args.limit or 1) < 1:
+    if args.pairs < 1 or args.limit is not None and args.limit < 1:
         parser.error("--pairs and --limit must be 1 or more")
     photos = list_pictures(args.photos)
     if args.limit:  # spread over the list: files of one collection stand beside each other

@@ -440,7 +440,7 @@ def test_latents_explains_and_prints_the_codes_and_draws_a_histogram_each(place,
 @pytest.mark.parametrize("ending", sorted(infer.EXTENSIONS))
 def test_every_ending_that_the_help_names_is_written_in_its_format(place, ending):
     call("photos/gray.png", "styles/a.png", "--refine", 0, "--output", f"x{ending}")
-    expected = {"jpg": "JPEG", "tif": "TIFF"}.get(ending[1:], ending[1:].upper())
+    expected = {"jpg": "JPEG", "jpe": "JPEG", "jfif": "JPEG", "tif": "TIFF"}.get(ending[1:], ending[1:].upper())
     with Image.open(f"x{ending}") as picture:
         assert picture.format == expected and picture.size == (90, 61)
         # In color; gif has 256 colors.

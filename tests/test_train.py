@@ -172,6 +172,7 @@ def test_init_is_for_new_runs(tmp_path, capsys):
     go(*TINY, "--steps", 1, "--output", first)
     go(*TINY, "--steps", 1, "--init", first / "last.pt", "--output", run, "--resume")   # an empty folder starts anew
     assert go(*TINY, "--steps", 2, "--init", first / "last.pt", "--output", run, "--resume") == 0
+    assert go(*TINY, "--steps", 2, "--init", "", "--output", run, "--resume") == 0
     with pytest.raises(UserError, match="has begun already; --init is for a new run"):
         go(*TINY, "--steps", 3, "--init", run / "best.pt", "--output", run, "--resume")
 
@@ -179,9 +180,14 @@ def test_init_is_for_new_runs(tmp_path, capsys):
 def test_an_output_among_the_photos_is_refused(tmp_path):
     for n in range(4):
         draw_scene(n).save(tmp_path / f"{n}.png")
-    with pytest.raises(UserError, match="lies in --data"):
-        go(*TINY, "--data", tmp_path, "--steps", 1, "--output", tmp_path / "runs" / "x")
-    assert not (tmp_path / "runs").exists()
+    for output in (tmp_path / "runs" / "x", tmp_path):
+        with pytest.raises(UserError, match="lies in --data"):
+            go(*TINY, "--data", tmp_path, "--steps", 1, "--output", output)
+    assert len(list(tmp_path.iterdir())) == 4
+    for part in ("train", "val"):  # only these two are read then
+        (tmp_path / part).mkdir()
+        draw_scene(5).save(tmp_path / part / "5.png")
+    assert go(*TINY, "--data", tmp_path, "--steps", 1, "--output", tmp_path / "runs" / "x") == 0
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, capsys):

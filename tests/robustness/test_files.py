@@ -107,6 +107,8 @@ FILES = [  # name, picture, how to save it, color of the left half, of the right
     ("f_above_1.tif", Image.fromarray(halves(.2, 1.4, np.float32)), {}, [51] * 3, [255] * 3, 0),
     ("f_inf.tif", Image.fromarray(halves(.2, np.inf, np.float32)), {}, [51] * 3, [255] * 3, 0),
     ("f_255_and_inf.tif", Image.fromarray(halves(100, np.inf, np.float32)), {}, [100] * 3, [100] * 3, 0),
+    ("f_256.tif", Image.fromarray(halves(200, 256, np.float32)), {}, [200] * 3, [255] * 3, 0),
+    ("f_minus_inf.tif", Image.fromarray(halves(-np.inf, .8, np.float32)), {}, [0] * 3, [204] * 3, 0),
     ("f_nan.tif", Image.fromarray(halves(np.nan, .8, np.float32)), {}, [0] * 3, [204] * 3, 0)]
 
 

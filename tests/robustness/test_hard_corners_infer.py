@@ -254,12 +254,12 @@ def test_formats_are_written_up_to_their_limit_and_refused_beyond_with_advice(pl
     for size in [(limit, 2), (2, limit)]:
         picture = Image.new("RGB", size, "teal")
         picture.paste("orange", (0, 0, 1, 1))
-        files.keep.clear()
+        files.taken.clear()
         files.save(picture, "x")
         assert open_picture(f"x{ending}").size == size
     before = Path(f"x{ending}").read_bytes()
     for size in [(limit + 1, 2), (2, limit + 1)]:
-        files.keep.clear()
+        files.taken.clear()
         with pytest.raises(UserError, match=f"{limit} pixels.*choose .png") as caught:
             files.save(Image.new("RGB", size), "x")
         assert "free some space" not in str(caught.value)
