@@ -14,9 +14,9 @@ own L. So the result is as large and as sharp as the photo, whatever its size.
     L, a, b and the style's palette --refine--> L, a, b (1, 3, h, w)
     photo (H, W) and L, a, b --join--> picture (H, W)
 
-The sections have this order, too: a checkpoint is read; encode and predict are the paper's method, join makes
-the large picture; refine, which is ours, makes surfaces steadier and wins back the colors that this costs;
-then come drawings of several results, and last the command line, where `main` is the place to begin.
+In this file the paper's method comes first: a checkpoint is read; encode and predict color the photo; join
+makes the large picture. Then refine, which is ours, makes surfaces steadier and wins back the colors that
+this costs; then come drawings of several results, and last the command line: `main` is the place to begin.
 """
 import itertools
 import math
@@ -44,7 +44,7 @@ from model import Colorizer, ModelConfig
 
 FORMAT = 2  # version of the checkpoint file; raise it when its contents change
 OURS, PAPER = (Path(__file__).resolve().parent / "weights" / name for name in ("colorizer.pt", "paper.pt"))
-STRIP_PIXELS = 1 << 18  # pixels that are joined at a time; sets the memory beyond the decoded pictures
+TILE_PIXELS = 1 << 18   # pixels that are joined at a time; sets the memory beyond the decoded pictures
 # The longest side that is safe in each format; the others have no limit that a picture of ours could reach.
 MAX_SIDE = {".webp": 16383, ".avif": 16384} | dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".gif"), 65500)
 
@@ -52,7 +52,7 @@ MAX_SIDE = {".webp": 16383, ".avif": 16384} | dict.fromkeys((".jpg", ".jpeg", ".
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 def pick_device(name):
-    """A name, or "auto" -> torch.device; CUDA is made repeatable. Raises UserError if it is not there."""
+    """A name, or "auto" -> torch.device, CUDA made repeatable. Raises UserError if the device is missing."""
     # MPS is Apple's GPU. "auto" takes the first that is there, in this order of speed.
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     fitting = [device for device in there if there[device] and name in (device, "auto")]
@@ -66,7 +66,7 @@ def load_checkpoint(path):
     """Read a checkpoint of train.py: a dictionary of tensors and plain values. Raises UserError.
 
     A file may come from anywhere. So everything that is used is checked before anything is built from it,
-    and no value of the file is ever printed. Format 1 had other names for two settings.
+    and no value of the file is printed here. Format 1 had other names for two settings.
     """
     if not os.path.isfile(path):
         raise UserError("no such checkpoint", path)
@@ -160,25 +160,27 @@ def guided_filter(ab, L):
 def join(photo, lab):
     """Give a PIL photo of any size the colors of a small picture lab (1, 3, h, w), and its own L.
 
-    Joined in strips of one row or more, so that memory hardly grows with the photo beyond the two pictures.
-    Pillow's `box` samples each strip as a part of the whole: the seams cannot be seen.
+    Joined in tiles, so that memory does not grow with the photo beyond the two pictures themselves. Pillow's
+    `box` samples each tile as a part of the whole: the seams cannot be seen.
     """
-    # Pillow enlarges any part of a picture on its own, and in 32-bit floats: so each plane becomes a picture.
+    # Pillow can enlarge just a part of a picture, in 32-bit floats: so each plane becomes a picture.
     lines = torch.cat(guided_filter(lab[:, 1:], lab[:, :1]), dim=1)             # (1, 4, h, w)
     planes = [Image.fromarray(plane.numpy()) for plane in lines[0]]             # 4 x (h, w)
     (W, H), (w, h) = photo.size, planes[0].size
     result = Image.new("RGB", photo.size)
-    rows = max(1, STRIP_PIXELS // W)
-    for top in range(0, H, rows):
-        bottom = min(top + rows, H)
-        strip = photo.crop((0, top, W, bottom))
-        L = rgb_to_lab(to_batch(strip))[:, :1]                                  # (1, 1, rows, W)
-        box = (0, top * h / H, w, bottom * h / H)  # the strip, in pixels of the small planes
-        large = [np.array(plane.resize(strip.size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
-        slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, W) each
+    # A tile is some whole rows of the photo, or a part of a row that is longer than a tile.
+    columns = min(W, TILE_PIXELS)
+    rows = TILE_PIXELS // columns
+    for y, x in itertools.product(range(0, H, rows), range(0, W, columns)):
+        right, bottom = min(x + columns, W), min(y + rows, H)
+        tile = photo.crop((x, y, right, bottom))
+        L = rgb_to_lab(to_batch(tile))[:, :1]                                   # (1, 1, rows, columns)
+        box = (x * w / W, y * h / H, right * w / W, bottom * h / H)  # the tile, in pixels of the small planes
+        large = [np.array(plane.resize(tile.size, Image.Resampling.BICUBIC, box=box)) for plane in planes]
+        slope, offset = torch.from_numpy(np.stack(large))[None].chunk(2, dim=1)  # (1, 2, rows, columns) each
         # What no screen can show at this lightness loses chroma, never lightness.
-        rgb = lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))           # (1, 3, rows, W)
-        result.paste(to_picture(rgb[0]), (0, top))
+        rgb = lab_to_gamut(torch.cat([L, slope * L + offset], dim=1))           # (1, 3, rows, columns)
+        result.paste(to_picture(rgb[0]), (x, y))
     return result
 
 
@@ -193,8 +195,8 @@ def average_alike(ab, L):
     """The colors of a small picture, ab (1, 2, h, w), drawn to the mean color of places that are alike -> ab.
 
     A joint bilateral filter (Petschnigg et al. 2004) with a wide window. Alike is what is near, equally
-    light, equally rough and of about one color, whatever lies between. So the leaves of a tree, or a wall
-    behind a fence, get one color; make_smooth, going from neighbor to neighbor, does not reach them.
+    light, equally rough and of about the same color, whatever lies between. So the leaves of a tree, or a
+    wall behind a fence, get one color; make_smooth, going from neighbor to neighbor, does not reach them.
     L: (1, 1, h, w), as predict gives it.
     """
     # All pairs of places are compared; so a place is 4x4 pixels, and 128x128 pixels are 32x32 places.
@@ -222,10 +224,10 @@ SPREAD = 1e5
 def make_smooth(L):
     """For a small picture's L (1, 1, h, w): a function that spreads its colors, ab (1, 2, h, w) -> ab.
 
-    The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. Of all x
-    we want the one with the smallest sum of (x - ab)^2 over the pixels and of weight * (x - x of the
-    neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at an edge:
-    so the patches of a sky run together, and nothing runs across an edge. L: as predict gives it.
+    The idea of Levin, Lischinski and Weiss (2004): neighbors of equal lightness have equal colors. x are the
+    new colors: of all x we want those with the smallest sum of (x - ab)^2 over the pixels and of weight *
+    (x - x of the neighbor)^2 over the neighbors. The weight is SPREAD where L stays the same, and nearly 0 at
+    an edge: so the patches of a sky run together, and nothing runs across an edge. L: as predict gives it.
     """
     # Each row of pixels will need a matrix (w, w): a wide picture is turned, so that w is its short side.
     if L.shape[3] > L.shape[2]:
@@ -239,8 +241,9 @@ def make_smooth(L):
     #     own * x - the sum of weight * x of the neighbor, over its four neighbors = ab
     own = (1 + F.pad(across, (1, 0)) + F.pad(across, (0, 1))
            + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1)))             # (h, w)
-    # Gaussian elimination, a whole row of pixels at a time. With row i - 1 eliminated, row i says
-    # M @ x[i] = row[i] + pull * x[i + 1]. The inverses of all M depend on L alone.
+    # Gaussian elimination, a whole row of pixels at a time. With row i - 1 eliminated, row i says M @ x[i] =
+    # rows[i] + pull[i] * x[i + 1], where rows[i] is the right-hand side. The inverses of all M depend on L
+    # alone.
     inverses = []
     for i in range(len(own)):
         M = torch.diag(own[i]) - torch.diag(across[i], 1) - torch.diag(across[i], -1)   # (w, w)
@@ -252,7 +255,8 @@ def make_smooth(L):
         rows, pull = ab[0].permute(1, 2, 0).double(), down[:, :, None]          # (h, w, 2), (h - 1, w, 1)
         for i in range(1, len(rows)):
             rows[i] += pull[i - 1] * (inverses[i - 1] @ rows[i - 1])
-        # The last row has none below it: it is solved first, and then the others, upwards.
+        # The last row has none below it: it is solved first, then the others, upwards. x[i] takes the place
+        # of rows[i].
         rows[-1] = inverses[-1] @ rows[-1]
         for i in reversed(range(len(rows) - 1)):
             rows[i] = inverses[i] @ (rows[i] + pull[i] * rows[i + 1])
@@ -314,12 +318,13 @@ def move(ab, source, palettes):
         # one of many strong colors. With less blur the palette is reached more exactly, but two parts of a
         # thing easily get different colors; with more the result is paler.
         blur = max(6., BLUR * target.std(0).norm().item())
-        # How far does a color shift? The step to `to` has two parts: the way to the style, and a pull to the
-        # colors around, which comes from the blur. The step to `stay` (from the palette to itself) is that
-        # pull alone.
-        to, stay = (transport(source, goal, colors, blur) for goal in (target, source))
-        moved = colors + to - stay
-        # Smoothing and means make colors paler. One factor for all gives back the mean chroma of the style.
+        # How far does a color shift? to_style - color is the way to the style plus a pull to the colors
+        # around, which comes from the blur. Transport of the palette to itself is that pull alone: we
+        # subtract it.
+        to_style, to_itself = (transport(source, goal, colors, blur) for goal in (target, source))
+        moved = colors + to_style - to_itself
+        # Smoothing and means make colors paler. One factor, at most BOOST, brings the mean chroma back to the
+        # style's. (The last rows of `moved` are the colors of source.)
         wanted, found = (x.norm(dim=1).mean() for x in (target, moved[-len(source):]))
         shifts += weight * (moved * (wanted / found.clamp(min=.1)).clamp(1, BOOST) - colors)
     table = shifts[:65 * 65].T.reshape(1, 2, 65, 65)                            # (1, a or b, old a, old b)
@@ -347,7 +352,8 @@ def refine(lab, palettes, amount=REFINE):
     L, ab = small.split([1, 2], dim=1)
     smooth = make_smooth(L)
     once = smooth(average_alike(ab, L))
-    # join will show slope * L + offset instead of `once`: so that is the palette to start from.
+    # join will pass the result through guided_filter, which changes the palette a little: so the palette to
+    # start from is taken behind the same filter.
     slope, offset = guided_filter(once, L)
     twice = smooth(move(once, palette_of(slope * L + offset), palettes))
     change = F.interpolate(twice - ab, lab.shape[2:], mode="bilinear")          # (1, 2, h, w)
@@ -454,7 +460,7 @@ def parse(argv):
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--raw", action="store_true", help="the small colored picture, not joined with the photo")
     add("--grid", action="store_true", help="one sheet of squares as in figure 8: a row a photo, a column a style")
-    add("--blend", type=numbers, metavar="W,W", help="mix all styles: their weights in order (or =-1,2)")
+    add("--blend", type=numbers, metavar="W,W", help="mix all styles: a weight each (or --blend=-1,2)")
     add("--strength", type=float, default=1., help="of the colors: 0 is gray, 1 is what comes out (default)")
     add("--refine", type=float, default=REFINE, help="steadier surfaces: 0 not at all, 1 fully (default)")
     add("--latents", action="store_true", help="all pictures are styles: show the numbers in their codes")
@@ -468,7 +474,7 @@ def parse(argv):
             (args.size and not 16 <= args.size <= 4096, "--size must be from 16 to 4096"),
             (not 0 <= args.strength <= 10, "--strength must be from 0 to 10"),
             (not 0 <= args.refine <= 1, "--refine must be from 0 to 1"),
-            # (Weights are divided by their sum: a small one would make them huge.)
+            # (Weights are divided by their sum: near 0 it would make them huge.)
             (args.blend and not max(map(abs, args.blend)) / 100 < abs(sum(args.blend)) < 1e6,
              "--blend takes numbers with commas between them, as in 2,1; their sum must not be near 0")]:
         if wrong:
@@ -530,8 +536,8 @@ class Files:
         save_atomically(path, lambda part: picture.save(part, **options))
         self.taken.add(self.key(path))
         self.saved += 1
+        print(printable(path).ljust(40 * sys.stdout.isatty()))  # on a terminal, over the line of progress
         # On a terminal, how far it is; on stderr, so that it does not get into a list of the files.
-        print(printable(path).ljust(40 * sys.stdout.isatty()))  # spaces over what stood there
         if sys.stderr.isatty() and self.saved < self.wanted:
             left = (time.monotonic() - self.started) * (self.wanted / self.saved - 1)
             print(f"{self.saved} of {self.wanted}, {left:.0f} s left ", end="\r", file=sys.stderr)
@@ -579,13 +585,14 @@ def color_pairs(model, photos, styles, files, size, args):
 def color_grid(model, photos, styles, files, size, args):
     """One sheet: photos down, styles across. The photos' own colors come first, if any photo has some."""
     pictures = [crop_square(photo, size) for _, photo in files.open(photos)]
-    # A color photo as its own style: with --refine 0 this is what the network was trained to restore.
     own = any(mean_chroma(p) >= MIN_CHROMA for p in pictures)  # else that column would be all gray
     looks = make_looks(styles, args.blend)
+    # Nothing over the gray photos and over their own colors, then the styles (a blend has no picture).
     rows = [[None] * (1 + own) + ([None] if args.blend else [to_picture(small[0]) for _, small, _ in styles])]
     for photo in pictures:
         small = to_batch(photo)                                                 # (1, 3, size, size)
         gray = gray_of(small)  # made once for all styles
+        # A photo as its own style: with --refine 0 this is what the network was trained to restore.
         itself = make_looks([("", small, encode(model, small))]) if own else []
         rows.append([gray_version(photo)])
         for _, z, palettes in itself + looks:

@@ -190,7 +190,7 @@ class Colorizer(nn.Module):
         x, skips = gray, []
         for i, block in enumerate(self.encoder):
             x = F.max_pool2d(x, 2) if i else x                                  # (B, C, H/2, W/2)
-            x = self.dropout(self.restyle(block(x), z, i))                      # (B, 2C, H/2, W/2)
+            x = self.dropout(self.restyle(block(x), z, i))                      # (B, 2C, ...), at last C
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip connection
 

@@ -233,15 +233,16 @@ class Recipe:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            # (Half the weight: only half of the batch is colored again. The whole one's is in color.)
+            # (Halved, as only half of the batch is colored again. That of the whole batch is in `color`
+            # already.)
             palette = palette_loss(other, style.roll(-1, 0)[:half], s.space, offset) / 2
             losses |= {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
         # Section 3.2: a loss on the codes. Solution 1 adds both losses, solution 2 gives each an optimizer.
         if s.style_loss != "none":
-            code = style_loss(model, gray, z, out)
-            total = s.alpha * color + (1 - s.alpha) * code if s.style_loss == "combined" else color
-            losses |= {"train_loss": total, "color_loss": color, "style_loss": code}
+            on_codes = style_loss(model, gray, z, out)
+            total = s.alpha * color + (1 - s.alpha) * on_codes if s.style_loss == "combined" else color
+            losses |= {"train_loss": total, "color_loss": color, "style_loss": on_codes}
         return losses
 
 
@@ -354,7 +355,8 @@ def build(run, device):
         if needed:
             raise UserError(f"holds another network; add {' '.join(needed)}", run.folder if saved else s.init)
         model.load_state_dict(initial["weights"])
-    # Section 3.2, solution 2: the second optimizer is for the style loss, with a tenth of the learning rate.
+    # Section 3.2, solution 2: the second optimizer is for the style loss; `loop` gives it a tenth of the
+    # rate. Weights that the style loss does not reach have no gradient, and it leaves them alone.
     optimizers = [torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
                   for _ in range(2 if s.style_loss == "dual" else 1)]
     return model.train(), optimizers
@@ -371,9 +373,11 @@ def train(preset, given, resume, dry_run):
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
-    # Of a folder with train/ and val/ only those are read; any other must not come to hold samples.
-    inside = os.path.isdir(s.data) and run.folder.resolve().is_relative_to(Path(s.data).resolve())
-    if inside and not run.saved and not os.path.isdir(Path(s.data, "val")):
+    # Samples must not lie among the photos. (Of a folder with train/ and val/ only these two are read.)
+    parts = [Path(s.data, name) for name in ("train", "val")]
+    places = parts if all(map(os.path.isdir, parts)) else [Path(s.data)] if os.path.isdir(s.data) else []
+    known = run.saved and s.data == run.saved["settings"].get("data")
+    if not known and any(run.folder.resolve().is_relative_to(place.resolve()) for place in places):
         raise UserError("lies in --data: its samples would become photos; take another --output", run.folder)
     processes = Processes(device)
     model, optimizers = build(run, device)
@@ -404,7 +408,7 @@ def train(preset, given, resume, dry_run):
                     every=processes.world)
 
     # From here on Ctrl-C is answered, and the folder is ours. --workers processes load and crop the next
-    # batches while this one computes.
+    # batches while the main process computes.
     stop = listen_for_stop()
     if not processes.rank:
         run.lock()  # a folder that cannot be written shows now, and not after an hour
@@ -428,7 +432,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         # Load.
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]   # gray, rgb, style each
 
-        # Learn. Every forward pass of every process has a number, which with --seed makes its seed.
+        # Learn. Every batch of every process has a number, which together with --seed makes its seed.
         lr = learning_rate(s, run.step, progress)
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
@@ -463,7 +467,7 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 
 
 def report(run, model, recipe, optimizers, val_loader, processes, stopping):
-    """Validate (not when stopped: somebody waits), write the checkpoints, the log and a sample strip.
+    """Validate (not when stopped: somebody waits), write the checkpoints, the log and a sheet of samples.
 
     last.pt comes after best.pt: the other way round, in a run killed between the two, it would remember a
     lowest loss that best.pt never had. Only the first process does this; the others wait. Returns the mean of
@@ -481,19 +485,21 @@ def report(run, model, recipe, optimizers, val_loader, processes, stopping):
             run.best = result.get("loss", math.inf)
             run.save("best.pt", model, optimizers)
         run.save("last.pt", model, optimizers)
-        # Numbers do not show whether colors sit on things. Look at the strip.
+        # Numbers do not show whether the colors lie on the right things: look at the sheet.
         model.eval()
-        strip = sample(model, val_loader.dataset, run.s)
+        page = sample(model, val_loader.dataset, run.s)
         model.train()
-        save_atomically(run.folder / f"samples/{run.step:07d}.png", strip.save)
+        save_atomically(run.folder / f"samples/{run.step:07d}.png", page.save)
         run.write_log()  # last, as it prints: that fails when the terminal has been closed
+    if processes.world > 1:
+        dist.barrier()  # the others wait here, and read their clocks after it
     return processes.mean([run.clock()])[0]
 
 
 def sample(model, photos, s):
-    """The strip of figure 8: some validation photos in their own colors and in those of others.
+    """A sheet as in figure 8: some validation photos in their own colors and in those of others.
 
-    Always the same pictures, so that the strips of a run can be compared.
+    Always the same pictures, so that the sheets of a run can be compared.
     """
     def code(picture):
         return encode(model, resize_short_side(picture, s.size)) if s.use_style else None  # (1, D)
@@ -539,7 +545,7 @@ class Run:
             self.saved = load_checkpoint(self.folder / "last.pt")
         elif resume:
             print(f"{printable(self.folder)}: nothing to resume here; a new run begins", file=sys.stderr)
-        # Later ones win: the defaults, the preset or what the run was started with, the command line. So
+        # Later ones win: the defaults, then the preset or the settings in last.pt, then the command line. So
         # --resume needs no options, and those that are typed change the run from here on.
         try:
             before = vars(Settings.from_file(self.saved["settings"])) if self.saved else PRESETS[self.preset]
@@ -609,8 +615,9 @@ class Run:
             part.unlink()  # what a killed run was writing
 
     def plan(self, pictures, passes):
-        """How long? A step is `passes` forward passes, and the training set has so many pictures."""
-        # The clock goes on where the last session ended; what came before, as a download, does not count.
+        """How long? A step takes `passes` batches; pictures: the size of the training set."""
+        # The clock goes on where the last session ended; what this one did until now, a download for example,
+        # does not count.
         self.started, self.printed = time.monotonic() - self.seconds, (time.monotonic(), self.step)
         s, self.passes, self.per_step = self.s, passes, self.s.batch_size * passes
         # --steps, else --minutes, and then the clock alone ends the run, else --epochs.
@@ -651,7 +658,7 @@ class Run:
                           **{f"val_{name}": value for name, value in result.items()}})
 
     def write_log(self):
-        """Write log.csv, draw loss.png, and print the losses of the last row.
+        """Write log.csv, draw loss.png, and print the losses and measures of the last row.
 
         The whole file is written each time: it is small, and its columns may change with the settings.
         """
@@ -662,8 +669,9 @@ class Run:
         save_atomically(self.folder / "log.csv", lambda part: part.write_bytes(text.getvalue().encode()))
         colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
-        losses = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
-        print("\n" * sys.stdout.isatty() + f"step {self.step}: {losses}", flush=True)
+        numbers = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
+        # (On a terminal, first leave the line of progress.)
+        print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
 
     def save(self, name, model, optimizers):
         """Write a checkpoint. (report has made sure that its weights are finite.)"""
@@ -768,8 +776,8 @@ def main(argv=None):
     try:
         code = train(*parse(argv))
     except (RuntimeError, EOFError, ConnectionResetError, ConnectionRefusedError) as error:
-        # Batches come through sockets: a loading process that ends while it sends one gives the last three.
-        # For the others torch has no types of its own; the text is all there is.
+        # Batches come through sockets: a loading process that ends while it sends one raises one of the last
+        # three types. A RuntimeError can be anything; mostly only its text says where it comes from.
         if "DataLoader worker" in str(error) or not isinstance(error, RuntimeError):
             raise UserError("a loading process was ended, or memory ran out: use fewer --workers (0 is none)"
                             "; --resume goes on from the last checkpoint") from None

@@ -95,14 +95,14 @@ def test_of_a_color_photo_only_the_lightness_is_used(place):
     assert (pixels("color_a.png") - pixels("gray_version_a.png")).abs().max() < 5 / 255
 
 
-@pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 192, 7], ids=["five rows", "a row", "less than a row"])
-def test_strips_do_not_show(pixels_at_a_time, monkeypatch):
+@pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 100, 7], ids=["rows", "parts of rows", "a few pixels"])
+def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
     photo = draw_scene(1).crop((0, 0, 192, 40))
     lab = 40 * torch.randn(1, 3, 13, 50, generator=torch.Generator().manual_seed(0))
     whole = infer.join(photo, lab)
-    monkeypatch.setattr(infer, "STRIP_PIXELS", pixels_at_a_time)
-    strips = infer.join(photo, lab)
-    assert np.abs(np.asarray(whole, int) - np.asarray(strips, int)).max() <= 1
+    monkeypatch.setattr(infer, "TILE_PIXELS", pixels_at_a_time)
+    tiles = infer.join(photo, lab)
+    assert np.abs(np.asarray(whole, int) - np.asarray(tiles, int)).max() <= 1
 
 
 def test_guide_is_the_guided_filter():
@@ -497,7 +497,7 @@ def test_on_a_terminal_a_folder_shows_how_far_it_is(place, monkeypatch, capsys):
             return True
     monkeypatch.setattr(sys, "stderr", Terminal())
     call("photos", "styles", "--refine", 0, "--output", "out")
-    shown = [part.strip() for part in sys.stderr.getvalue().split("\r") if part.strip()]
+    shown = [part.strip() for part in sys.stderr.getvalue().split("\r") if part]
     assert [s.split(",")[0] for s in shown] == ["1 of 4", "2 of 4", "3 of 4"] and "s left" in shown[0]
 
 

@@ -188,6 +188,10 @@ def test_an_output_among_the_photos_is_refused(tmp_path):
         (tmp_path / part).mkdir()
         draw_scene(5).save(tmp_path / part / "5.png")
     assert go(*TINY, "--data", tmp_path, "--steps", 1, "--output", tmp_path / "runs" / "x") == 0
+    with pytest.raises(UserError, match="lies in --data"):
+        go(*TINY, "--data", tmp_path, "--steps", 1, "--output", tmp_path / "train" / "x")
+    with pytest.raises(UserError, match="lies in --data"):  # also when the folder comes later
+        go(*TINY, "--data", tmp_path / "runs", "--steps", 2, "--output", tmp_path / "runs" / "x", "--resume")
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path, capsys):
