@@ -210,9 +210,10 @@ def to_rgb(picture):
         # plain "I" may hold 8, 16 or 32 bits, and floats mostly go to 1 or to 255, or a little above.
         x = np.asarray(picture).astype(np.float32)
         x = np.nan_to_num(x, posinf=np.max(x, initial=1, where=np.isfinite(x)), neginf=0)
-        top = max(65535, x.max())
-        if picture.mode == "F" and x.max() < 1000 or picture.mode == "I" and x.max() <= 255:
-            top = 1 if picture.mode == "F" and x.max() < 10 else 255
+        most = x.max()
+        top = max(65535, most)
+        if picture.mode == "F" and most < 1000 or picture.mode == "I" and most <= 255:
+            top = 1 if picture.mode == "F" and most < 10 else 255
         picture = Image.fromarray((x / top * 255).round().clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
@@ -311,6 +312,12 @@ def drop_gray_and_broken(paths, limit):
     return kept
 
 
+def photo_folders(source):
+    """The folders that are read: train/ and val/ of source if it has both, else source itself."""
+    parts = [Path(source, name) for name in ("train", "val")]
+    return parts if all(map(os.path.isdir, parts)) else [Path(source)]
+
+
 def find_data(source, train_size, val_size, seed):
     """Two lists of pictures, for training and for validation.
 
@@ -324,8 +331,8 @@ def find_data(source, train_size, val_size, seed):
     folder = Path(source or imagenette())
     if not os.path.isdir(folder):
         raise UserError("is no folder; --data takes a folder of pictures or the word synthetic", folder)
-    split = os.path.isdir(folder / "train") and os.path.isdir(folder / "val")
-    lists = [list_pictures(folder / name) for name in (("train", "val") if split else ("",))]
+    lists = [list_pictures(part) for part in photo_folders(folder)]
+    split = len(lists) == 2
     rng = np.random.default_rng(seed)
     for paths in lists:  # a limited train_size is a random choice, and not the first folder's pictures
         rng.shuffle(paths)

@@ -488,8 +488,8 @@ class Files:
     A result never replaces an input, and two results never go to one file: nobody asked to lose a picture.
 
     output: as on the command line; inputs: paths that must not be overwritten; wanted: how many results
-    will be saved. taken: keys of inputs and results; failures: how many pictures
-    could not be read. Raises UserError for an impossible output.
+    will be saved. taken: keys of inputs and results; failures: how many pictures could not be read. Raises
+    UserError for an impossible output.
     """
 
     def __init__(self, output, inputs, wanted):

@@ -183,7 +183,8 @@ class Colorizer(nn.Module):
         """
         # The last row and column are repeated up to a multiple of STRIDE, and cut off again at the end.
         H, W = gray.shape[2:]
-        gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
+        if H % STRIDE or W % STRIDE:
+            gray = F.pad(gray, (0, -W % STRIDE, 0, -H % STRIDE), mode="replicate")
 
         # Encoder: five stages at the sizes H, H/2, ... H/16. Dropout sets random features to 0 in training,
         # so that no single one can be relied on.

@@ -39,8 +39,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from data import (Parser, Photos, UserError, batch_order, crop_square, find_data, gray_of, network_to_lab,
-                  network_to_rgb, printable, resize_short_side, rgb_to_lab, rgb_to_network, run_program,
-                  save_atomically, sliced_wasserstein, to_batch)
+                  network_to_rgb, photo_folders, printable, resize_short_side, rgb_to_lab, rgb_to_network,
+                  run_program, save_atomically, sliced_wasserstein, to_batch)
 from losses import LPIPS, color_loss, load_trunk, pair_loss, palette_distances, palette_loss, psnr, style_loss
 from model import Colorizer, ModelConfig, setting
 
@@ -373,9 +373,8 @@ def train(preset, given, resume, dry_run):
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
-    # Samples must not lie among the photos. (Of a folder with train/ and val/ only these two are read.)
-    parts = [Path(s.data, name) for name in ("train", "val")]
-    places = parts if all(map(os.path.isdir, parts)) else [Path(s.data)] if os.path.isdir(s.data) else []
+    # Samples must not lie among the photos.
+    places = photo_folders(s.data) if os.path.isdir(s.data) else []
     known = run.saved and s.data == run.saved["settings"].get("data")
     if not known and any(run.folder.resolve().is_relative_to(place.resolve()) for place in places):
         raise UserError("lies in --data: its samples would become photos; take another --output", run.folder)

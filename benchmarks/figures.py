@@ -69,13 +69,14 @@ def tradeoff(table):
         pen.text((30, place(.36, transfer)[1] - 6), f"{transfer:.2f}", fill="gray")
     pen.text((250, 386), "mix: lower is steadier", fill="black")
     pen.text((4, 4), "transfer: higher is nearer to the style's palette", fill="black")
-    for (kind, curve), color, side in zip(curves.items(), ("steelblue", "firebrick", "gray"), (5, -30, 5)):
+    looks = [("steelblue", 5, 4), ("firebrick", -30, -6), ("gray", 5, 4)]  # color, and where labels stand
+    for i, ((kind, curve), (color, right, down)) in enumerate(zip(curves.items(), looks)):
         points = [place(mix, transfer) for _, mix, transfer in curve]
         pen.line(points, fill=color, width=2)
         for (value, *_), (x, y) in zip(curve, points):
             pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
-            pen.text((x + side, y + (4 if side > 0 else -6)), value, fill=color)
-        pen.text((440, 24 + 14 * list(curves).index(kind)), kind, fill=color)
+            pen.text((x + right, y + down), value, fill=color)
+        pen.text((440, 24 + 14 * i), kind, fill=color)
     return page
 
 

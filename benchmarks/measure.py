@@ -22,7 +22,6 @@ photos", measured on the photos' own colors. Lower is not always better: a pictu
 Quotients are of sums over all pictures, so a nearly gray picture counts little.
 """
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -262,9 +261,10 @@ def main():
     tell("the photos", quotients([coherence(lab[:, 1:], fact) for lab, fact in zip(labs, facts)]))
     candidates = {"left gray": leave_gray, "mean color": mean_color}
     for path in args.weights:
-        for amount, blur in itertools.product(args.refine, args.blur):
-            name = f"{path} --refine {amount:g}" + f" --blur {blur:g}" * (amount > 0 and len(args.blur) > 1)
-            candidates[name] = network(path, amount, blur)  # not refined, all blurs are one row
+        for amount in args.refine:
+            for blur in args.blur if amount else args.blur[:1]:  # what is not refined has no blur
+                name = f"{path} --refine {amount:g}" + f" --blur {blur:g}" * (amount > 0 and len(args.blur) > 1)
+                candidates[name] = network(path, amount, blur)
     for name, color in candidates.items():
         tell(name, measure(color, photos, facts, styles, pairs, large, lpips))
 

@@ -491,10 +491,12 @@ def test_several_photos_before_the_style_are_told_and_where_more_styles_go(place
         call("photos/gray.png", "styles/a.png", "styles/b.webp", "--blend", "2,1")
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_on_a_terminal_a_folder_shows_how_far_it_is(place, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
     monkeypatch.setattr(sys, "stderr", Terminal())
     call("photos", "styles", "--refine", 0, "--output", "out")
     shown = [part.strip() for part in sys.stderr.getvalue().split("\r") if part]
@@ -503,9 +505,6 @@ def test_on_a_terminal_a_folder_shows_how_far_it_is(place, monkeypatch, capsys):
 
 def test_on_a_terminal_the_names_of_the_files_are_whole(place, monkeypatch, capsys):
     """Both streams go to one screen, on which \\r goes back to the start of the line and writes over it."""
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(sys, "stdout", screen)
