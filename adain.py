@@ -1,4 +1,4 @@
-"""Adaptive instance normalization with learned statistics: equation (1) of the paper.
+"""Adaptive instance normalization with a learned scale and shift: equation (1) of the paper.
 
     AdaIN(x_i, y) = y_{s,i} * (x_i - mu(x_i)) / sigma(x_i) + y_{b,i}
 
@@ -20,7 +20,7 @@ def normalize(x, eps):
 
     torch does it about three times as fast as the formula written out: inside, it views (B, C, H, W) as one
     picture of B*C channels, (1, B*C, H, W), and takes batch normalization of that. (F.instance_norm is the
-    same, but refuses maps of 1x1. cudnn_enabled has to be there; without a weight it changes nothing.)
+    same, but refuses maps of 1x1. torch asks for cudnn_enabled; here its value changes nothing.)
     """
     return torch.instance_norm(x, weight=None, bias=None, running_mean=None, running_var=None,
                                use_input_stats=True, momentum=0., eps=eps, cudnn_enabled=False)

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 # ---- color: sRGB <-> CIELAB -------------------------------------------------------------------------------
 # CIELAB describes a color by its lightness L in [0, 100] and two numbers: a (green to red) and b (blue to
 # yellow). sqrt(a^2 + b^2) is its chroma, the direction of (a, b) its hue. The a, b of sRGB colors lie in
-# [-86.2, 98.2] and [-107.9, 94.5]. White is D65, seen at 2 degrees. In this section pictures are float32
+# [-86.2, 98.2] and [-107.9, 94.5]. White is daylight, D65, as in sRGB. In this section pictures are float32
 # tensors (B, 3, H, W); below it a "picture" is one of Pillow's (PIL).
 #
 # torch.where back-propagates through both of its branches. x ** (1/3) has an infinite slope at 0, and
@@ -62,7 +62,7 @@ def linear_to_srgb(c):
 
 
 def lab_curve(t):
-    """f of CIE 15: a cube root with a straight piece near black."""
+    """The curve f in the definition of CIELAB (CIE 15): a cube root with a straight piece near black."""
     return torch.where(t > .008856, t.clamp(min=.008856) ** (1 / 3), 7.787 * t + 16 / 116)
 
 
@@ -77,6 +77,7 @@ def lab_to_linear(lab):
     L, a, b = lab.unbind(1)
     fy = (L + 16) / 116
     f = torch.stack([fy + a / 500, fy, fy - b / 200], dim=1)                    # (B, 3, H, W)
+    # .2068966 is the cube root of .008856: where the curve has its straight piece.
     xyz = torch.where(f > .2068966, f.clamp(min=.2068966) ** 3, (f - 16 / 116) / 7.787)
     return apply_matrix(np.linalg.inv(RGB_TO_XYZ) * WHITE, xyz)
 
@@ -209,6 +210,7 @@ def to_rgb(picture):
         # Pillow would cut these off at 255. Which value is white? 65535 with 16 bits ("I;16" and the like); a
         # plain "I" may hold 8, 16 or 32 bits, and floats mostly go to 1 or to 255, or a little above.
         x = np.asarray(picture).astype(np.float32)
+        # What is infinite becomes white.
         x = np.nan_to_num(x, posinf=np.max(x, initial=1, where=np.isfinite(x)), neginf=0)
         most = x.max()
         top = max(65535, most)
@@ -336,14 +338,13 @@ def find_data(source, train_size, val_size, seed):
     rng = np.random.default_rng(seed)
     for paths in lists:  # a limited train_size is a random choice, and not the first folder's pictures
         rng.shuffle(paths)
-    # Either the folder says itself what is for validation, or a fifth of it at most is held back: then both
-    # are one iterator. Validation takes the first good pictures from it, training what is left.
     if split:
         train, val = lists
-    else:
+    else:  # one iterator for both: what validation takes from it, a fifth at most, training no longer finds
         train = val = iter(lists[0])
         val_size = min(val_size, math.ceil(len(lists[0]) / 5))
-    val, train = drop_gray_and_broken(val, val_size), drop_gray_and_broken(train, train_size)
+    val = drop_gray_and_broken(val, val_size)  # validation comes first
+    train = drop_gray_and_broken(train, train_size)
     for name, found in [("train", train), ("val", val)]:
         if not found:
             raise UserError(f"needs {'one readable picture' if split else 'two readable pictures'} in color "
@@ -395,10 +396,10 @@ def shuffled(n, seed, epoch):
 
 
 def batch_order(n, batch_size, seed, start, every=1):
-    """DataLoader's batch_sampler: endless lists of (epoch, index), every `every`th from number `start` on.
+    """DataLoader's batch_sampler: endless lists of (epoch, index), for batches start, start + every, ...
 
-    Pictures are counted over all epochs. They follow each other without a gap, so all batches are full, also
-    for a set that is smaller than one batch.
+    (Two processes take every second batch each.) Pictures are counted over all epochs. They follow each other
+    without a gap, so all batches are full, also for a set that is smaller than one batch.
     """
     for first in range(start * batch_size, sys.maxsize, every * batch_size):
         yield [(i // n, int(shuffled(n, seed, i // n)[i % n])) for i in range(first, first + batch_size)]
@@ -407,8 +408,9 @@ def batch_order(n, batch_size, seed, start, every=1):
 def draw_scene(number, width=192, height=160):
     """Picture `number` of an endless series: shapes in a few colors, drawn from the number alone.
 
-    Lightness and color are drawn independently: the gray version shows shapes, but no palette. A network
-    that colors it well has looked at the style. Returns a PIL RGB picture.
+    Lightness and color are drawn independently (only what no screen can show gets paler): the gray version
+    shows shapes, but no palette. A network that colors it well has looked at the style. Returns a PIL RGB
+    picture.
     """
     rng = np.random.default_rng([7, number])
     colors = int(rng.integers(2, 5))

@@ -16,7 +16,8 @@ own L. So the result is as large and as sharp as the photo, whatever its size.
 
 In this file the paper's method comes first: a checkpoint is read; encode and predict color the photo; join
 makes the large picture. Then refine, which is ours, makes surfaces steadier and wins back the colors that
-this costs; then come drawings of several results, and last the command line: `main` is the place to begin.
+this costs; then come drawings of several results, and last the command line. `main` ties all of it together:
+for an overview read it first.
 """
 import itertools
 import math
@@ -209,8 +210,8 @@ def average_alike(ab, L):
     means = F.interpolate(planes, (rows, columns), mode="area")[0].flatten(1).T         # (N, 4)
     light, variance, old = means.split([1, 1, 2], dim=1)
     places = torch.cat([yx, light, variance.sqrt(), old], dim=1) / torch.tensor(ALIKE)  # (N, 6)
-    # How much of every place is in the new color of each: (N, N), and every row adds up to 1.
-    shares = (-torch.cdist(places, places).square() / 2).softmax(1)
+    # shares[i, j]: the weight of place j in the new color of place i. Every row adds up to 1.
+    shares = (-torch.cdist(places, places).square() / 2).softmax(1)            # (N, N)
     change = (shares @ old - old).T.reshape(1, 2, rows, columns)
     return ab + F.interpolate(change, ab.shape[2:], mode="bilinear")            # (1, 2, h, w)
 
@@ -241,9 +242,11 @@ def make_smooth(L):
     #     own * x - the sum of weight * x of the neighbor, over its four neighbors = ab
     own = (1 + F.pad(across, (1, 0)) + F.pad(across, (0, 1))
            + F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1)))             # (h, w)
-    # Gaussian elimination, a whole row of pixels at a time. With row i - 1 eliminated, row i says M @ x[i] =
-    # rows[i] + pull[i] * x[i + 1], where rows[i] is the right-hand side. The inverses of all M depend on L
-    # alone.
+    # Gaussian elimination, a whole row of the picture at a time. The w equations of row i are
+    #     M @ x[i] - down[i - 1] * x[i - 1] - down[i] * x[i + 1] = ab[i]
+    # where the matrix M has own[i] on its diagonal and -across[i] beside it. Those of row 0 give x[0], once
+    # x[1] is known. Put into those of row 1 they remove x[0] from them, which changes M and the right side;
+    # and so on downwards. The changed M depend on L alone.
     inverses = []
     for i in range(len(own)):
         M = torch.diag(own[i]) - torch.diag(across[i], 1) - torch.diag(across[i], -1)   # (w, w)
@@ -252,15 +255,17 @@ def make_smooth(L):
         inverses.append(torch.linalg.inv(M))
 
     def smooth(ab):
-        rows, pull = ab[0].permute(1, 2, 0).double(), down[:, :, None]          # (h, w, 2), (h - 1, w, 1)
-        for i in range(1, len(rows)):
-            rows[i] += pull[i - 1] * (inverses[i - 1] @ rows[i - 1])
-        # The last row has none below it: it is solved first, then the others, upwards. x[i] takes the place
-        # of rows[i].
-        rows[-1] = inverses[-1] @ rows[-1]
-        for i in reversed(range(len(rows) - 1)):
-            rows[i] = inverses[i] @ (rows[i] + pull[i] * rows[i + 1])
-        return rows.permute(2, 0, 1)[None].float()
+        # The right sides, downwards.
+        x = ab[0].permute(1, 2, 0).to(torch.float64, copy=True)                 # (h, w, 2)
+        pull = down[:, :, None]                                                 # (h - 1, w, 1)
+        for i in range(1, len(x)):
+            x[i] += pull[i - 1] * (inverses[i - 1] @ x[i - 1])
+        # The last row has none below it: it is solved first, then the others, upwards. Each takes the place
+        # of its right side.
+        x[-1] = inverses[-1] @ x[-1]
+        for i in reversed(range(len(x) - 1)):
+            x[i] = inverses[i] @ (x[i] + pull[i] * x[i + 1])
+        return x.permute(2, 0, 1)[None].float()
     return smooth
 
 
@@ -275,10 +280,12 @@ def palette_of(ab):
 def transport(source, target, colors, blur):
     """Optimal transport: where do colors (Q, 2) go when the palette source (N, 2) becomes target (N, 2)?
 
-    A plan is a table P (N, N): P[i, j] says how much of color i becomes color j, and every row and column adds
-    up to 1. The best plan has the smallest sum of P * distance^2: colors move as little as possible. But it
-    can send two nearly equal colors far apart. So we take the blurred plan of Cuturi (2013), which is
-    P[i, j] = exp(f[i] + g[j] - cost[i, j]) with cost = distance^2 / (2 blur^2).
+    A plan is a table P (N, N): P[i, j] says how much of color i becomes color j. Every row and column adds up
+    to 1. The best plan has the smallest sum of P * distance^2: colors move as little as possible. But it
+    can send two nearly equal colors far apart. So we take the blurred plan of Cuturi (2013): with blur 0 it
+    is the best one, with a large blur every color goes to the mean of the target. It is
+    P[i, j] = exp(f[i] + g[j] - cost[i, j]) with cost = distance^2 / (2 blur^2); the numbers f and g, one for
+    each row and column, are found below.
     Returns (Q, 2): for each color the mean of all that it becomes.
     """
     def cost(x):
@@ -308,27 +315,27 @@ def move(ab, source, palettes):
     source: the palette (576, 2) that ab has; palettes: [(weight, palette of a style)], of weights that add
     up to 1.
     """
-    # The function becomes a table of 65x65 colors, which is read between its entries: to transport each of
-    # the 16,384 pixels or more would take three times as long.
+    # The function becomes a table of 65x65 colors, interpolated between them: to transport each of the 16,384
+    # pixels or more would take three times as long.
     line = torch.linspace(-128, 128, 65)
+    # (The colors of source come last; they are needed for their mean chroma alone.)
     colors = torch.cat([torch.cartesian_prod(line, line), source])              # (65 * 65 + 576, 2)
     shifts = torch.zeros_like(colors)
     for weight, target in palettes:
-        # A color becomes a mean of style colors that lie about `blur` apart: 6 for a muted style, more for
-        # one of many strong colors. With less blur the palette is reached more exactly, but two parts of a
-        # thing easily get different colors; with more the result is paler.
+        # A color becomes a mean of style colors, of those within about `blur` of each other: a share of the
+        # deviation of the style's colors, at least 6. With less blur the palette is reached more exactly, but
+        # two parts of a thing easily get different colors; with more the result is paler.
         blur = max(6., BLUR * target.std(0).norm().item())
-        # How far does a color shift? to_style - color is the way to the style plus a pull to the colors
-        # around, which comes from the blur. Transport of the palette to itself is that pull alone: we
-        # subtract it.
+        # Blur pulls every color toward those around it: to_style = color + way to the style + pull. Transport
+        # of the palette to itself has the pull alone: to_itself = color + pull. The difference is the way.
         to_style, to_itself = (transport(source, goal, colors, blur) for goal in (target, source))
         moved = colors + to_style - to_itself
         # Smoothing and means make colors paler. One factor, at most BOOST, brings the mean chroma back to the
-        # style's. (The last rows of `moved` are the colors of source.)
+        # style's.
         wanted, found = (x.norm(dim=1).mean() for x in (target, moved[-len(source):]))
         shifts += weight * (moved * (wanted / found.clamp(min=.1)).clamp(1, BOOST) - colors)
     table = shifts[:65 * 65].T.reshape(1, 2, 65, 65)                            # (1, a or b, old a, old b)
-    # grid_sample reads a table between its entries, at places (column, row) from -1 to 1.
+    # grid_sample interpolates a table, at places (column, row) = (old b, old a) from -1 to 1.
     places = ab.flip(1).permute(0, 2, 3, 1) / 128                               # (1, h, w, 2)
     return ab + F.grid_sample(table, places, padding_mode="border", align_corners=True)  # (1, 2, h, w)
 

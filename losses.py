@@ -3,6 +3,8 @@
     color loss = mse * MSE + lpips * LPIPS              (section 2.2)
                  + palette * sliced Wasserstein         (ours, optional)
 
+train.py adds two more losses for some presets: pair_loss, and style_loss (section 3.2).
+
 LPIPS (Zhang et al. 2018, version 0.1) is written out here: a frozen VGG16 or AlexNet, the "trunk", computes
 features of both pictures, and LPIPS is the distance of these features, with a learned weight for each of
 their channels. Pictures are RGB in [0, 1] unless a docstring says otherwise.
@@ -99,7 +101,7 @@ class LPIPS(nn.Module):
         x = (2 * x - 1 - self.shift) / self.scale
         found = []
         for i, layer in enumerate(self.trunk):
-            x = layer(x)  # in-place ReLUs change nothing that was kept: found holds new tensors
+            x = layer(x)  # (an in-place ReLU overwrites the convolution's answer, which nobody else reads)
             if i in self.taps:
                 # The small number stands inside the root. Outside, as in the original, a feature vector of
                 # zeros has a NaN gradient, and flat dark areas can produce such vectors.
@@ -122,7 +124,7 @@ def color_loss(out, gray, rgb, space, loss_weights, lpips=None, offset=0.):
     out: the network's answer to gray (B, 1, H, W); rgb: the photo it should be, (B, 3, H, W).
     space: "rgb" or "lab": MSE is taken on RGB or on a, b / 110, LPIPS always on RGB.
     loss_weights: {"mse": w, "lpips": w, "palette": w}; a zero leaves the term out. lpips: an LPIPS module, if
-    its weight is not 0; offset: as in palette_loss.
+    its weight is not 0; offset: turns the directions of the palette loss.
     Returns the weighted sum and a dictionary of the terms (means over the batch, without graph).
     """
     terms = {}
@@ -139,31 +141,31 @@ def color_loss(out, gray, rgb, space, loss_weights, lpips=None, offset=0.):
 def palette_loss(out, rgb, space, offset=0.):
     """Distance between the palettes of the network's answer and of a picture; not in the paper.
 
-    MSE asks for the mean of all likely colors, which is pale; a palette has no such compromise. The distance
-    is taken along 8 directions; offset turns them (sliced_wasserstein). Training draws it from [0, 1] for
-    each batch, so that in time all directions count. A quarter of the pixels is enough: every second row and
-    column of the picture, and for the output the means of 2x2 pixels, so that the network gains nothing by
-    mixing colors in a checkerboard.
+    Where a color is in doubt, MSE's best answer is the mean of all likely ones, which is pale. A pale palette
+    is simply far from a strong one. The distance is taken along 8 directions; offset turns them (data.py,
+    sliced_wasserstein). Training draws it from [0, 1] for each batch, so that in time all directions count. A
+    quarter of the pixels is enough: every second row and column of the picture, and for the output the means
+    of 2x2 pixels, so that the network gains nothing by mixing colors in a checkerboard.
     """
     ab = out if space == "lab" else rgb_to_network(out.clamp(0, 1), "lab")
-    wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]                       # (B, 2, H/2, W/2)
+    wanted = rgb_to_network(rgb, "lab")[:, :, 1::2, 1::2]  # (B, 2, H/2, W/2), as avg_pool2d makes it
     return sliced_wasserstein(F.avg_pool2d(ab, 2), wanted, 8, offset).mean()
 
 
 def pair_loss(ab, lab, pixels=384):
-    """One thing keeps one color: distance of pixels that should agree / distance of those that should not.
+    """One thing keeps one color: within / (between + 1), two mean distances of pixels of the output.
 
-    ab: the output's a, b (B, 2, H, W) under any style; lab: the photo's true L, a, b (B, 3, H, W); both in
-    the units of LAB. No truth exists for a foreign style, but what had one color in the photo should have one
-    color now. Coloring by lightness alone would make this distance small, too; so we divide by the distance
-    of pixels with equal lightness and different true color. All pairs of some random pixels are looked at;
-    pictures with too few pairs for the denominator are left out. (An all gray answer makes this loss small,
-    too. The palette loss is there against that.)
+    within: of pixels that had one true color in the photo. They should have one color now, under any style,
+    for which no other truth exists. between: of pixels of equal lightness that had different colors; they
+    should differ. (Without it, coloring by lightness alone would do.) All pairs of some random pixels are
+    looked at; pictures with too few pairs for `between` are left out. (An all gray answer makes this loss
+    small, too. The palette loss is there against that.)
+    ab: the output's a, b (B, 2, H, W); lab: the photo's true L, a, b (B, 3, H, W); both in the units of LAB.
     """
     chosen = torch.randint(ab[0, 0].numel(), (pixels,), device=ab.device)
 
     def distances(x):
-        """Between all pairs of the chosen pixels, in the units of LAB; 2.3 can just be seen."""
+        """Between all pairs of the chosen pixels, in LAB; the eye just sees a difference of 2.3."""
         x = x.flatten(2)[:, :, chosen]                                          # (B, C, N)
         return ((x[:, :, :, None] - x[:, :, None]).square().sum(1) + 1e-6).sqrt()  # (B, N, N)
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from adain import AdaIN
 
-STRIDE = 16  # four halvings: inside the network every side must be a multiple of 16
+STRIDE = 16  # of the whole network, four halvings: inside of it every side must be a multiple of 16
 
 
-# ---- settings ---------------------------------------------------------------------------------------------
+# ---- settings (on a first reading the seven in ModelConfig are enough; go on at conv_block) ----------------
 
 def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
     """A dataclass field that carries its own help text, choices and bounds.
@@ -33,10 +33,7 @@ def setting(default, help, choices=(), low=0, high=2 ** 31 - 1):
 
 @dataclass
 class ModelConfig:
-    """All that is needed to build the network again; every checkpoint holds it as a plain dictionary.
-
-    (On a first reading the seven settings are enough: go on at `conv_block`.)
-    """
+    """All that is needed to build the network again; every checkpoint holds it as a plain dictionary."""
     space: str = setting("rgb", "what the network makes: rgb, or a and b for the photo's L", ("rgb", "lab"))
     width: int = setting(16, "channels of the first stage; 64 before \"scarcity\"", low=1, high=256)
     latent: int = setting(32, "numbers in a style code; the paper tried 16, 32, 64, 128", low=1, high=4096)
@@ -77,8 +74,8 @@ class ModelConfig:
 
 # ---- the parts --------------------------------------------------------------------------------------------
 
-def conv_block(channels_in, channels_out, convs, padding):
-    """`convs` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
+def conv_block(channels_in, channels_out, count, padding):
+    """`count` times 3x3 convolution -> ReLU -> BatchNorm (the paper's order); the first changes the width.
 
     (B, channels_in, H, W) -> (B, channels_out, H, W). Each 3x3 convolution sees one pixel further in every
     direction, so two of them look at 5x5 pixels, with fewer weights than one convolution of 5x5.
@@ -87,7 +84,7 @@ def conv_block(channels_in, channels_out, convs, padding):
     convolutions keep their zeros.)
     """
     layers = []
-    for channels in [channels_in] + [channels_out] * (convs - 1):
+    for channels in [channels_in] + [channels_out] * (count - 1):  # what each convolution receives
         # BatchNorm normalizes each channel over the whole batch, so that the next layer gets numbers of one
         # size, whatever this one has learned. In use (eval) it takes averages kept from training instead.
         layers += [nn.Conv2d(channels, channels_out, 3, padding=1, padding_mode=padding),
@@ -98,8 +95,9 @@ def conv_block(channels_in, channels_out, convs, padding):
 class StyleEncoder(nn.Module):
     """Five 3x3 convolutions of stride 2, then the mean over the picture: a picture becomes one short code.
 
-    style: (B, C, H, W) of any size -> z: (B, D). The mean forgets where things are: a code can hold which
-    colors a picture has and how strong they are, but not its shapes.
+    style: (B, C, H, W) of any size -> z: (B, D). The mean adds up all places: a code can hold which colors a
+    picture has and how strong they are, but not its shapes. (Where a color was is not lost altogether: the
+    zeros beyond the border can be told, and a picture upside down has another code.)
     No ReLU follows the last convolution: with one, a number of the code could become 0 for every picture, and
     never learn again. No BatchNorm, so a code does not depend on the rest of its batch. The widths are the
     authors'; they did not shrink with the U-Net's.
@@ -136,25 +134,25 @@ class Colorizer(nn.Module):
         super().__init__()
         self.config = c = config or ModelConfig()
         w, out_channels = c.width, {"rgb": 3, "lab": 2}[c.space]
-        down = [w, 2 * w, 4 * w, 8 * w, 8 * w]                           # channels of the five encoder stages
-        up = [8 * w, 4 * w, 2 * w, w]                        # channels that the four decoder stages receive
+        downs = [w, 2 * w, 4 * w, 8 * w, 8 * w]                          # channels of the five encoder stages
+        ups = [8 * w, 4 * w, 2 * w, w]                       # channels that the four decoder stages receive
 
         # Encoder. Channels double where sides are halved. The two deepest stages, whose maps are small, have
         # 4 convolutions, the others 2.
         self.encoder = nn.ModuleList(
-            conv_block(i, o, n, c.padding) for i, o, n in zip([1] + down, down, [2, 2, 2, 4, 4]))
+            conv_block(i, o, n, c.padding) for i, o, n in zip([1] + downs, downs, [2, 2, 2, 4, 4]))
         # Decoder. A stage doubles the size, applies AdaIN, joins the skip connection, fuses both with a 1x1
         # convolution, and applies three 3x3 convolutions. The first of these narrows to the next width.
         # A 4x4 transposed convolution of stride 2 computes the four pixels of each 2x2 block with different
         # weights, so it can leave a checkerboard; the paper has it, and infer.py filters it out.
-        self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in up)
-        self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in up)
-        self.decoder = nn.ModuleList(conv_block(i, o, 3, c.padding) for i, o in zip(up, up[1:] + [w]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(i, i, 4, stride=2, padding=1) for i in ups)
+        self.fuse = nn.ModuleList(nn.Conv2d(2 * i, i, 1) for i in ups)
+        self.decoder = nn.ModuleList(conv_block(i, o, 3, c.padding) for i, o in zip(ups, ups[1:] + [w]))
         # AdaIN normalizes every channel anew, so a bias or a positive scale of BatchNorm right before it has no
         # effect. Both stay, because the paper has them.
         if c.use_style:
             self.style_encoder = StyleEncoder(out_channels, c.latent)
-            self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in down + up)
+            self.adain = nn.ModuleList(AdaIN(i, c.latent) for i in downs + ups)
         # Dropout is made here, so that train() and eval() switch it; made in forward() it would always be on.
         self.dropout = nn.Dropout(c.dropout)
         # The fifth skip connection is the gray picture itself, as one more channel of the head. A head of
@@ -189,16 +187,16 @@ class Colorizer(nn.Module):
         # Encoder: five stages at the sizes H, H/2, ... H/16. Dropout sets random features to 0 in training,
         # so that no single one can be relied on.
         x, skips = gray, []
-        for i, block in enumerate(self.encoder):
-            x = F.max_pool2d(x, 2) if i else x                                  # (B, C, H/2, W/2)
-            x = self.dropout(self.restyle(block(x), z, i))                      # (B, 2C, ...), at last C
+        for layer, block in enumerate(self.encoder):
+            x = F.max_pool2d(x, 2) if layer else x                              # from the second stage on: half
+            x = self.dropout(self.restyle(block(x), z, layer))                  # w, 2w, 4w, 8w, 8w channels
             skips.append(x)
         x = skips.pop()  # the deepest map is the bottleneck, (B, 8w, H/16, W/16), and no skip connection
 
         # Decoder: four stages, each at twice the size of the one before. pop() takes the encoder's maps in
         # reverse order, so the sizes meet.
-        for i, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=len(self.encoder)):
-            x = self.restyle(up(x), z, i)                                       # (B, C, 2H, 2W)
+        for layer, (up, fuse, block) in enumerate(zip(self.up, self.fuse, self.decoder), start=5):
+            x = self.restyle(up(x), z, layer)                                   # (B, C, 2H, 2W)
             x = fuse(torch.cat([x, skips.pop()], dim=1))                        # (B, 2C, ...) -> (B, C, ...)
             x = self.dropout(block(x))                                          # (B, C/2, 2H, 2W), at last C
         # A 1x1 convolution makes the colors of each pixel from its w features and its gray value.
