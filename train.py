@@ -448,9 +448,11 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         # One process that was told to stop is enough; at the end there is nothing left to stop.
         stopping = stopping > 0 and run.progress() < 1
 
-        # Validate and save: every --val-every steps, every tenth of --minutes, when stopped, and at the end.
-        if run.step % s.val_every == 0 or run.seconds >= next_validation or stopping or run.progress() >= 1:
-            now = report(run, model, recipe, optimizers, val_loader, processes, stopping)
+        # Validate and save: every --val-every steps, every tenth of --minutes, and at the end. When stopped in
+        # between, save only: somebody waits.
+        due = run.step % s.val_every == 0 or run.seconds >= next_validation or run.progress() >= 1
+        if due or stopping:
+            now = report(run, model, recipe, optimizers, val_loader, processes, validating=due)
             # The next one comes after a tenth of the run or five times what this one took, whichever is more.
             next_validation = now + max(tenth, 5 * (now - run.seconds))
             run.seconds, run.recent, run.printed = now, [], (time.monotonic(), run.step)
@@ -465,8 +467,8 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
     return 0
 
 
-def report(run, model, recipe, optimizers, val_loader, processes, stopping):
-    """Validate (not when stopped: somebody waits), write the checkpoints, the log and a sheet of samples.
+def report(run, model, recipe, optimizers, val_loader, processes, validating):
+    """Validate, unless not validating; write the checkpoints, the log and a sheet of samples.
 
     last.pt comes after best.pt: the other way round, in a run killed between the two, it would remember a
     lowest loss that best.pt never had. Only the first process does this; the others wait. Returns the mean of
@@ -474,7 +476,7 @@ def report(run, model, recipe, optimizers, val_loader, processes, stopping):
     """
     processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
     if not processes.rank:
-        result = {} if stopping else validate(model, recipe, val_loader)
+        result = validate(model, recipe, val_loader) if validating else {}
         # Checked before anything is written: the checkpoints of an earlier step stay.
         run.require_finite("the validation loss", result.values())
         run.require_finite("a weight", [w.float().abs().max() for w in model.state_dict().values()])

@@ -154,6 +154,24 @@ def test_ctrl_c_before_the_first_validation_leaves_a_checkpoint_and_a_sample(tmp
     assert saved(run, "best.pt")["step"] == step + 1 and math.isfinite(saved(run)["best"])
 
 
+def test_ctrl_c_in_the_step_of_a_validation_does_not_lose_it(tmp_path, monkeypatch, capsys):
+    """Stopped after step 4, with --val-every 4, and resumed: the same rows as in one go."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert go(*TINY, "--steps", 8, "--output", whole) == 0
+
+    class AfterStepFour:
+        def __bool__(self):
+            return next(steps) == 4
+    steps = iter(range(1, 100))
+    with monkeypatch.context() as once:
+        once.setattr(train, "listen_for_stop", AfterStepFour)
+        assert go(*TINY, "--steps", 8, "--output", run) == 130
+    assert "stopped at step 4" in capsys.readouterr().out
+    assert go(*TINY, "--steps", 8, "--output", run, "--resume") == 0
+    rows = [[{k: v for k, v in row.items() if k != "seconds"} for row in log(folder)] for folder in (whole, run)]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
 def test_ctrl_c_in_the_last_step_has_nothing_to_stop(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "listen_for_stop", lambda: [signal.SIGINT])
     assert go(*TINY, "--steps", 1, "--output", tmp_path / "run") == 0
