@@ -448,8 +448,8 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         # One process that was told to stop is enough; at the end there is nothing left to stop.
         stopping = stopping > 0 and run.progress() < 1
 
-        # Validate and save: every --val-every steps, every tenth of --minutes, and at the end. When stopped in
-        # between, save only: somebody waits.
+        # Validate and save: every --val-every steps, every tenth of --minutes, and at the end. When stopped
+        # in between, save only: somebody waits.
         due = run.step % s.val_every == 0 or run.seconds >= next_validation or run.progress() >= 1
         if due or stopping:
             now = report(run, model, recipe, optimizers, val_loader, processes, validating=due)
