@@ -635,7 +635,7 @@ def main(argv=None):
     n = 0 if args.latents else max(1, len(args.pictures) - 1)
     photos, style_paths = find_pictures(args.pictures[:n]), find_pictures(args.pictures[n:] + args.styles)
     # Several files before the last one: somebody may have meant several styles.
-    if n > 1 and not any(map(os.path.isdir, args.pictures)):
+    if n > 1 and not args.styles and not any(map(os.path.isdir, args.pictures)):
         style = printable(args.pictures[n])
         print(f"infer.py: {n} photos, and {style} as their style; more styles go behind --styles", file=sys.stderr)
     if args.blend and len(args.blend) != len(style_paths):

@@ -27,7 +27,7 @@ import torch
 TOP = Path(__file__).parents[1]
 sys.path[:0] = [str(TOP), str(Path(__file__).parent)]
 from adain import AdaIN  # noqa: E402
-from data import draw_scene, gray_of, rgb_to_network  # noqa: E402
+from data import UserError, draw_scene, gray_of, rgb_to_network, run_program  # noqa: E402
 from losses import LPIPS, color_loss  # noqa: E402
 from make_lpips_fixture import original_package, seeded_trunk  # noqa: E402
 from model import Colorizer, ModelConfig  # noqa: E402
@@ -185,6 +185,8 @@ def bench_gpu(args):
     random: they need as much memory as the real ones.
     """
     import train
+    if not torch.cuda.is_available():
+        raise UserError("gpu needs a CUDA card")
     device = torch.device("cuda")
     torch.cuda.set_per_process_memory_fraction(args.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
     print("| preset | size | batch | LPIPS trunk | --amp | peak in use, MB | peak taken, MB |\n"
@@ -249,6 +251,8 @@ def main():
     parser.add_argument("--net", default="alex", help=argparse.SUPPRESS)
     parser.add_argument("--which", default="ours", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.threads < 1 or args.rounds < 1:
+        parser.error("--threads and --rounds must be 1 or more")
     torch.set_num_threads(args.threads)
     if args.what == "one":  # the process whose memory peak() measures
         call = distance(args.net, args.which)
@@ -259,4 +263,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

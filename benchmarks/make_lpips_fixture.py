@@ -17,6 +17,7 @@ from torch import nn
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import losses  # noqa: E402
+from data import UserError, run_program  # noqa: E402
 
 FIXTURE = TOP / "tests" / "lpips_fixture.npz"
 SIZES = {"vgg": 32, "alex": 64}  # large enough for the deepest tap
@@ -58,9 +59,13 @@ def original_package(trunk):
     for name, content in stubs.items():
         sys.modules[name] = types.ModuleType(name)
         vars(sys.modules[name]).update(content)
-    import lpips  # only now that it finds the stubs
-    for name in stubs:
-        del sys.modules[name]  # others may want the real ones
+    try:
+        import lpips  # only now that it finds the stubs
+    except ModuleNotFoundError:
+        raise UserError("the original package is missing: pip install lpips==0.1.4 --no-deps") from None
+    finally:
+        for name in stubs:
+            del sys.modules[name]  # others may want the real ones
     return lpips
 
 
@@ -80,4 +85,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

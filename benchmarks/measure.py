@@ -233,9 +233,9 @@ def main():
     parser.add_argument("paintings")
     parser.add_argument("--weights", nargs="*", default=[infer.OURS])
     parser.add_argument("--lpips-weights", default="")
-    parser.add_argument("--refine", type=float, nargs="*", default=[0., infer.REFINE],
+    parser.add_argument("--refine", type=float, nargs="+", default=[0., infer.REFINE],
                         help="as in infer.py, a row each")
-    parser.add_argument("--blur", type=float, nargs="*", default=[infer.BLUR],
+    parser.add_argument("--blur", type=float, nargs="+", default=[infer.BLUR],
                         help="values for BLUR of infer.py, a row each of what is refined")
     parser.add_argument("--pairs", type=int, default=4, help="paintings a photo")
     parser.add_argument("--limit", type=int, help="only so many photos, every second, third or so of the folder")
@@ -243,15 +243,24 @@ def main():
     args = parser.parse_args()
     if args.pairs < 1 or args.limit is not None and args.limit < 1:
         parser.error("--pairs and --limit must be 1 or more")
+    if not all(0 <= amount <= 1 for amount in args.refine) or not all(0 < blur < math.inf for blur in args.blur):
+        parser.error("--refine must be from 0 to 1, --blur above 0")
+    candidates = {"left gray": leave_gray, "mean color": mean_color}
+    for path in args.weights:
+        for amount in args.refine:
+            for blur in args.blur if amount else args.blur[:1]:  # what is not refined has no blur
+                name = f"{path} --refine {amount:g}" + f" --blur {blur:g}" * (amount > 0 and len(args.blur) > 1)
+                candidates[name] = network(path, amount, blur)
     photos = list_pictures(args.photos)
     if args.limit:  # spread over the list: files of one collection stand beside each other
         photos = photos[::max(1, len(photos) // args.limit)][:args.limit]
     photos = [crop_square(open_picture(p), SIZE) for p in photos]
     styles = [crop_square(open_picture(p), SIZE) for p in list_pictures(args.paintings)]
     large = [p for p in map(open_picture, list_pictures(args.large)) if min(p.size) >= LARGE] if args.large else []
-    for folder, found in ((args.photos, photos), (args.paintings, styles)):
+    for what, folder, found in (("pictures", args.photos, photos), ("pictures", args.paintings, styles),
+                                (f"photos of {LARGE} pixels", args.large, large or not args.large)):
         if not found:
-            raise UserError("no pictures here", folder)
+            raise UserError(f"no {what} here", folder)
     pairs = [(i, (i * args.pairs + k) % len(styles)) for i in range(len(photos)) for k in range(args.pairs)]
     lpips = LPIPS("alex", load_trunk("alex", args.lpips_weights))
     print(f"{len(photos)} photos, {len(pairs)} pairs with {len(styles)} paintings, {len(large)} large photos\n")
@@ -259,12 +268,6 @@ def main():
     labs = [rgb_to_lab(to_batch(p)) for p in photos]
     facts = [(lab[:, :1], pixel_pairs(lab), flat_regions(lab[:, :1])) for lab in labs]
     tell("the photos", quotients([coherence(lab[:, 1:], fact) for lab, fact in zip(labs, facts)]))
-    candidates = {"left gray": leave_gray, "mean color": mean_color}
-    for path in args.weights:
-        for amount in args.refine:
-            for blur in args.blur if amount else args.blur[:1]:  # what is not refined has no blur
-                name = f"{path} --refine {amount:g}" + f" --blur {blur:g}" * (amount > 0 and len(args.blur) > 1)
-                candidates[name] = network(path, amount, blur)
     for name, color in candidates.items():
         tell(name, measure(color, photos, facts, styles, pairs, large, lpips))
 

@@ -17,6 +17,7 @@ import torch
 
 TOP = Path(__file__).parents[1]
 sys.path[:0] = [str(TOP), str(TOP / "tests")]
+from data import run_program  # noqa: E402
 from test_train import TINY, assert_same, command, saved  # noqa: E402
 
 
@@ -25,6 +26,8 @@ def main():
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.kills < 1:
+        parser.error("--kills must be 1 or more")
     rng, torn, steps = random.Random(args.seed), 0, []
     with tempfile.TemporaryDirectory() as folder:
         killed, whole = Path(folder, "killed"), Path(folder, "whole")
@@ -58,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -154,7 +154,8 @@ def draw(runs, folder):
     logs = {p.stem: p for p in LOGS.glob("*.csv")} | {name: run / "log.csv" for name, run in runs.items()}
     for figure, curves in TOGETHER.items():
         rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves if run in logs
-                for row in read_log(logs[run]) if row["val_loss"]]  # none where a run was interrupted
+                for row in read_log(logs[run])  # no validation where a run was interrupted
+                if row.get("val_loss") and row.get(column)]
         if rows:
             infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
     for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
@@ -180,8 +181,10 @@ def main():
         return draw(runs, args.figures)
     photos, paintings = ([open_picture(p) for p in list_pictures(folder)[:100]]
                          for folder in (args.photos, args.paintings))
-    if not (runs and photos and paintings):
-        raise UserError("RUNS, PHOTOS or PAINTINGS: nothing is there")
+    for what, place, found in (("runs", args.runs, runs), ("pictures", args.photos, photos),
+                               ("pictures", args.paintings, paintings)):
+        if not found:
+            raise UserError(f"no {what} here", place)
     print("| run | parameters | pictures | train loss | val loss | psnr | psnr L | transfer | spread | alive | listens "
           "| grid |\n" + "|---" * 12 + "|")
     for name, folder in runs.items():

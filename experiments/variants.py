@@ -101,12 +101,25 @@ def main(argv=None):
     if not set(names) <= set(NAMES):
         parser.error(f"the variants are {', '.join(NAMES)}")
     preset, given, _, dry_run = train.parse(args.arguments)
-    folder = Path(given.get("output") or f"runs/{preset or 'final'}", "dry-run" if dry_run else "")
-    if (folder / "last.pt").exists() and set(of_run(folder)) != set(names):
+    folder = Path(given.get("output") or f"runs/{preset or 'final'}")
+    if not dry_run and (folder / "last.pt").exists() and set(of_run(folder)) != set(names):
         raise UserError("is a run of other variants; choose another --output", folder)
-    save_atomically(folder / FILE, lambda part: part.write_text(" ".join(names) + "\n"))
-    with use(names):
-        return train.main(args.arguments)
+
+    # The names are written when train.py has checked everything else, and the folder is locked.
+    lock = train.Run.lock
+
+    def lock_and_note(run):
+        lock(run)
+        save_atomically(run.folder / FILE, lambda part: part.write_text(" ".join(names) + "\n"))
+    train.Run.lock = lock_and_note
+    try:
+        with use(names):
+            code = train.main(args.arguments)
+    finally:
+        train.Run.lock = lock
+    if {"relu", "resize"} & set(names):
+        print("(But infer.py and train.py refuse this checkpoint; experiments.py reads it.)")
+    return code
 
 
 if __name__ == "__main__":

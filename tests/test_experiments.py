@@ -205,9 +205,27 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     train.main([*TINY, "--steps", "1", "--output", str(tmp_path / "plain")])
     with pytest.raises(UserError, match="other variants"):
         variants.main(["relu", "--", *TINY, "--steps", "2", "--resume", "--output", str(tmp_path / "plain")])
-    # A dry run leaves no mark that a plain run would find.
-    variants.main(["relu", "--", *TINY, "--dry-run", "--output", str(tmp_path / "new")])
-    assert variants.of_run(tmp_path / "new") == () and variants.of_run(tmp_path / "new" / "dry-run") == ("relu",)
+    # A dry run leaves no mark that a plain run would find, and another one may follow.
+    for name in ("relu", "scales"):
+        variants.main([name, "--", *TINY, "--dry-run", "--output", str(tmp_path / "new")])
+        assert variants.of_run(tmp_path / "new") == () and variants.of_run(tmp_path / "new" / "dry-run") == (name,)
+
+
+def test_a_start_that_is_refused_leaves_no_names_behind(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no folder"):
+        variants.main(["relu", "--", *TINY, "--data", str(tmp_path / "none"), "--steps", "1", "--output", str(run)])
+    assert variants.of_run(run) == ()
+    # While another one is at work there, its names stay.
+    run.mkdir()
+    (run / "variants.txt").write_text("scales\n")
+
+    def locked(self):
+        raise UserError("another train.py is at work here")
+    monkeypatch.setattr(train.Run, "lock", locked)
+    with pytest.raises(UserError, match="at work"):
+        variants.main(["relu", "--", *TINY, "--steps", "1", "--output", str(run)])
+    assert variants.of_run(run) == ("scales",) and train.Run.lock is locked
 
 
 def test_runs_that_were_stopped_show_their_last_validation_and_an_empty_folder_is_told(tmp_path, monkeypatch, capsys):
@@ -222,5 +240,12 @@ def test_runs_that_were_stopped_show_their_last_validation_and_an_empty_folder_i
     [row] = table(runs, monkeypatch, capsys)
     assert row["run"] == "one" and row["val loss"] == f"{float(dict(zip(head.split(','), values.split(',')))['val_loss']):.4f}"
     monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "nothing"), "-", "-"])
-    with pytest.raises(UserError, match="nothing is there"):
+    with pytest.raises(UserError, match="nothing: no runs here"):
         experiments.main()
+    # Of a run that has a curve in a figure, but was stopped before its first validation, no curve is drawn.
+    shutil.copytree(runs / "one", tmp_path / "stopped" / "own")
+    (tmp_path / "stopped" / "own" / "log.csv").write_text("step,pictures,seconds,train_loss\n1,4,1.0,.5\n")
+    monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "stopped"), "-", "-", "--figures", str(tmp_path)])
+    experiments.main()
+    assert (tmp_path / "listens.png").read_bytes() != (experiments.TOP / "experiments/figures/listens.png").read_bytes()
+    assert (tmp_path / "terms.png").read_bytes() == (experiments.TOP / "experiments/figures/terms.png").read_bytes()

@@ -486,6 +486,7 @@ def test_several_photos_before_the_style_are_told_and_where_more_styles_go(place
     assert "2 photos" in err and "styles/b.webp" in err and "--styles" in err and err.count("\n") == 1
     assert Path("gray_b.png").exists() and Path("a_b.png").exists()
     call("photos", "styles/a.png", "--refine", 0)  # a folder is meant as it is
+    call("photos/gray.png", "styles/a.png", "styles/b.webp", "--styles", "styles/a.png", "--refine", 0)  # --styles is known
     assert not capsys.readouterr().err
     with pytest.raises(UserError, match="2 weights for 1 styles.*--styles"):
         call("photos/gray.png", "styles/a.png", "styles/b.webp", "--blend", "2,1")

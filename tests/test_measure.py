@@ -257,7 +257,10 @@ def test_the_table(tmp_path, capsys, monkeypatch, random_alexnet):
     monkeypatch.setattr("sys.argv", [*command[:-2], "--weights", str(unet)])
     with pytest.raises(UserError, match="unet.pt: a plain U-Net"):
         measure.main()
-    for wrong in (["--pairs", "0"], ["--limit", "-1"]):
+    monkeypatch.setattr("sys.argv", [*command, "--large", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="none: no photos of 400 pixels"):
+        measure.main()
+    for wrong in (["--pairs", "0"], ["--limit", "-1"], ["--refine", "2"], ["--refine"], ["--blur", "0"], ["--blur", "nan"]):
         monkeypatch.setattr("sys.argv", [*command, *wrong])
         with pytest.raises(SystemExit):
             measure.main()
