@@ -215,7 +215,9 @@ def test_nan_weights_are_not_saved_even_when_the_losses_looked_well(tmp_path, mo
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["as Ctrl-C with | tee", "a closed terminal"])
 def test_a_stop_saves_also_when_nobody_reads_the_output_any_more(tmp_path, number):
     run = tmp_path / "run"
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, or in the background of a shell, it is ignored
     process = command(*TINY, *LONG, run, "--val-every", 100_000)
+    signal.signal(number, before)
     until((run / ".lock").exists, process)
     time.sleep(1)
     process.stdout.close()
