@@ -82,14 +82,23 @@ def of_run(folder):
 
 @contextlib.contextmanager
 def use(names):
-    """Inside `with use(names):` train.py and infer.py build the changed network, and train.py takes the changed photos."""
+    """Inside `with use(names):` train.py and infer.py build the changed network, and train.py takes the changed photos.
+
+    train.py also writes the names into the run's folder, when it has checked everything else and locked the folder.
+    """
+    lock = train.Run.lock
+
+    def lock_and_note(run):
+        lock(run)
+        save_atomically(run.folder / FILE, lambda part: part.write_text(" ".join(names) + "\n"))
+    train.Run.lock = lock_and_note
     train.Colorizer = infer.Colorizer = functools.partial(Variant, names=names) if names else Colorizer
     train.Photos = TurnedHues if "hues" in names else Photos
     try:
         yield
     finally:
         train.Colorizer = infer.Colorizer = Colorizer
-        train.Photos = Photos
+        train.Photos, train.Run.lock = Photos, lock
 
 
 def main(argv=None):
@@ -104,19 +113,8 @@ def main(argv=None):
     folder = Path(given.get("output") or f"runs/{preset or 'final'}")
     if not dry_run and (folder / "last.pt").exists() and set(of_run(folder)) != set(names):
         raise UserError("is a run of other variants; choose another --output", folder)
-
-    # The names are written when train.py has checked everything else, and the folder is locked.
-    lock = train.Run.lock
-
-    def lock_and_note(run):
-        lock(run)
-        save_atomically(run.folder / FILE, lambda part: part.write_text(" ".join(names) + "\n"))
-    train.Run.lock = lock_and_note
-    try:
-        with use(names):
-            code = train.main(args.arguments)
-    finally:
-        train.Run.lock = lock
+    with use(names):
+        code = train.main(args.arguments)
     if {"relu", "resize"} & set(names):
         print("(But infer.py and train.py refuse this checkpoint; experiments.py reads it.)")
     return code
