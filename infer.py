@@ -411,36 +411,56 @@ def histograms(codes, names):
     return page
 
 
-def draw_curves(rows, colors):
-    """Figures 2, 4 and 6: columns of log.csv over steps, on a logarithmic axis. Returns a PIL picture.
+def round_numbers(low, high):
+    """Three to seven round numbers from low to high: 0.2, 0.4, 0.6 and so on."""
+    power = 10 ** math.floor(math.log10(high - low))
+    step = next(s * power for s in (2, 1, .5, .2) if (high - low) / (s * power) >= 3)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
-    rows: dictionaries, as csv.DictReader gives them; colors: {name of a column: color of its line}.
+
+def draw_curves(rows, colors, across="step"):
+    """Figures 2, 4 and 6: columns of log.csv over its steps. Returns a PIL picture.
+
+    rows: dictionaries, as csv.DictReader gives them; colors: {name of a column: color of its line}; across:
+    the column of the horizontal axis. Values of 0 and less are left out.
     """
-    curves = {name: [(float(row["step"]), math.log10(float(row[name]))) for row in rows
+    curves = {name: [(float(row[across]), float(row[name])) for row in rows
                      if float(row.get(name) or 0) > 0] for name in colors}
     curves = {name: curve for name, curve in curves.items() if curve}
-    xs, ys = zip(*(sum(curves.values(), []) or [(1, 0)]))  # an empty log gets one dummy point
-    right, low, high = max(xs), min(ys) - .02, max(ys) + .02
+    xs, ys = zip(*(sum(curves.values(), []) or [(1, 1)]))  # an empty log gets one dummy point
+    # The vertical axis is logarithmic where values differ by more than a factor of 100.
+    scale = math.log10 if max(ys) > 100 * min(ys) else float
+    right, low, high = max(xs), scale(min(ys)), scale(max(ys))
+    margin = .05 * (high - low) or .05 * abs(high) or .05
+    low, high = low - margin, high + margin
     page = Image.new("RGB", (640, 400), "white")
     pen = ImageDraw.Draw(page)
 
     def place(x, y):
-        """A step and a log10 -> the place on the page."""
-        return 60 + 560 * x / right, 20 + 350 * (high - y) / (high - low)
+        """A step and a scaled value -> the place on the page."""
+        return 60 + 560 * x / right, 20 + 345 * (high - y) / (high - low)
 
-    # Five horizontal lines with their values, and five steps below.
-    for i in range(5):
-        x, y = right * i / 4, low + (high - low) * i / 4
+    # The axes: horizontal lines with their values, and numbers of steps below.
+    if scale is float:
+        marks = [(y, f"{y:.6g}") for y in round_numbers(low, high)]
+    else:
+        marks = [(e, f"{10. ** e:g}") for e in range(math.ceil(low), math.floor(high) + 1)]
+        marks = marks[::math.ceil(len(marks) / 7)]
+    for y, text in marks:
         pen.line([place(0, y), place(right, y)], fill="gainsboro")
-        pen.text((6, place(0, y)[1] - 6), f"{10 ** y:.4g}", fill="gray")
-        pen.text((place(x, y)[0] - 12, 378), f"{x:.0f}", fill="gray")
+        pen.text((6, place(0, y)[1] - 6), text, fill="gray")
+    for x in round_numbers(0, right):
+        pen.text((place(x, 0)[0], 370), f"{x:.6g}", fill="gray", anchor="ma")
+    pen.text((620, 384), across, fill="gray", anchor="ra")
     # The curves, their points as dots, and their names in the color of the line.
-    for i, (name, curve) in enumerate(curves.items()):
-        points = [place(*point) for point in curve]
+    left = 60
+    for name, curve in curves.items():
+        points = [place(x, scale(y)) for x, y in curve]
         pen.line(points, fill=colors[name], width=2)
         for x, y in points:
             pen.ellipse([x - 2, y - 2, x + 2, y + 2], fill=colors[name])
-        pen.text((60 + 100 * i, 4), name.replace("_", " "), fill=colors[name])
+        pen.text((left, 4), name.replace("_", " "), fill=colors[name])
+        left += pen.textlength(name) + 14
     return page
 
 

@@ -598,6 +598,26 @@ def test_usage_errors_are_one_line_with_exit_code_2(place, arguments, words, cap
     assert code == 2 and text.count("\n") == 1 and words in text and "usage:" not in text and "\x1b" not in text
 
 
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 2500, [0, 500, 1000, 1500, 2000, 2500]), (0, 100_000, [0, 20_000, 40_000, 60_000, 80_000, 100_000]),
+    (.389, .7013, [.4, .5, .6, .7]), (.0493, .0907, [.05, .06, .07, .08, .09]), (0, 3, [0, 1, 2, 3]), (-1.5, 1.5, [-1, 0, 1])])
+def test_an_axis_has_round_numbers(low, high, expected):
+    np.testing.assert_allclose(infer.round_numbers(low, high), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("values, middle", [((1, 3), 2), ((1e-5, 1e5), 1), ((.1, 9.9), 5), ((.01, 100), 1)])
+def test_a_curve_is_straight_on_its_axis(values, middle):
+    """Three points that are on one line when the axis is linear, or logarithmic for a factor of over 100."""
+    rows = [{"pictures": x, "a": y} for x, y in ((10, values[0]), (20, middle), (30, values[1]))]
+    rows += [{"pictures": 25, "a": 0}, {"pictures": 25, "a": ""}, {"pictures": 25, "b": "nan"}]     # left out
+    page = np.asarray(infer.draw_curves(rows, {"a": "red", "b": "blue", "c": "lime"}, "pictures")).astype(int)
+    assert page.shape == (400, 640, 3) and not (page == (0, 0, 255)).all(2).any()
+    y, x = np.nonzero((page == (255, 0, 0)).all(2)[20:370])
+    centers = [np.array([x[near], y[near]]).mean(1) for near in (abs(x - 60 - 560 * k / 3) < 4 for k in (1, 2, 3))]
+    np.testing.assert_allclose(centers[1], (centers[0] + centers[2]) / 2, atol=1)
+    assert centers[0][1] - centers[2][1] > 300                                           # over the height of the page
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 class Trap:
