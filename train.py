@@ -14,9 +14,9 @@ Read `Recipe.losses` and `train_step` first: they are all of the learning. `loop
 The rest handles settings, files and processes: `Settings`, `Run` (a folder for the results, a log,
 checkpoints) and `Processes` (several GPUs; with one process it does nothing). A run's folder (--output) holds
 last.pt, best.pt, log.csv, loss.png and samples/. Every random number is a function of (seed, step) or (seed,
-epoch, picture): so a resumed run needs no saved random state, and goes on exactly as if it had never stopped
-(with --minutes, a warmup and a falling learning rate still follow the clock; several processes differ in
-the last bits).
+epoch, picture): so a resumed run needs no saved random state. On a CPU, in one process, with --steps or
+--epochs, its weights are those of a run that never stopped, bit for bit. (With --minutes the machine's speed
+decides how many steps there are; GPUs and several processes differ in the last bits.)
 """
 import csv
 import io
@@ -53,8 +53,8 @@ class Settings(ModelConfig):
 
     Each one is an option of the command line: batch_size is --batch-size. All of them are saved in the
     checkpoints, so that a run can be repeated and resumed. 0 or "" mostly means "off" or "no limit".
-    To add a setting, add a line here and use it as s.NAME below. (The weight of a new loss also has to be
-    named in Run.restore, where the lowest loss so far is forgotten.)
+    To add a setting, add a line here and use it as s.NAME below. (If it changes the validation loss, name it
+    in Run.restore, too: there the lowest loss so far is forgotten.)
     """
     data: str = setting("", "folder of photos, or the word synthetic; without it Imagenette is downloaded")
     output: str = setting("", "the run's folder (runs/PRESET)")
@@ -63,8 +63,8 @@ class Settings(ModelConfig):
     # How long. The paper's run is 32 epochs of 50,000 pictures, or 100,000 steps. On one CPU core that is
     # days, and --minutes is the better way to say how long you are ready to wait.
     epochs: int = setting(32, "passes over the training pictures; not used with --steps or --minutes", low=1)
-    steps: int = setting(0, "optimizer steps in all, 0: as --epochs says")
-    minutes: float = setting(0., "time limit of the run, earlier sessions and validations included, 0: none")
+    steps: int = setting(0, "optimizer steps in all, 0: as --minutes or --epochs says")
+    minutes: float = setting(0., "time limit, with validations and the time before a --resume, 0: none")
     # What it sees. Memory grows with size^2 x batch_size; when it runs out, halve batch_size and double
     # accumulate. --size 64 is four times as fast as 128 and good for a first look.
     size: int = setting(128, "side of the square crops, a multiple of 16", low=32, high=1024)
@@ -150,7 +150,7 @@ def parse(argv):
     # These options are not fields of Settings: they say what to do with a run.
     add("--preset", choices=PRESETS, help=f"changes of the defaults; {'; '.join(changed)}")
     add("--resume", action="store_true", help="go on from last.pt in --output; an empty folder starts anew")
-    add("--dry-run", action="store_true", help="one step, one validation batch, one sample strip")
+    add("--dry-run", action="store_true", help="one step, one validation batch, one sheet of samples")
     for f in fields(Settings):
         # A bool becomes --name and --no-name. SUPPRESS: what is not typed is not there, so that --resume can
         # tell a setting that was asked for from one that merely has its default.
@@ -170,6 +170,12 @@ def parse(argv):
     except ValueError as error:
         parser.error("--" + str(error).replace("_", "-"))
     return preset, given, resume, dry_run
+
+
+def as_option(name, value):
+    """A setting as one would type it: --batch-size 8, --sigmoid, --no-use-style."""
+    option = ("--no-" if value is False else "--") + name.replace("_", "-")
+    return option if type(value) is bool else f"{option} {value}"
 
 
 # ---- learning ---------------------------------------------------------------------------------------------
@@ -196,8 +202,8 @@ class Recipe:
 
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
-        # Pictures travel as bytes, a quarter of the size of floats. non_blocking: the copy to a GPU goes on
-        # while it still computes the step before.
+        # Pictures travel as bytes, a quarter of the size of floats. non_blocking: the copy to a GPU need not
+        # wait until Adam's last step is done.
         photo, style = (t.to(self.device, non_blocking=True) for t in batch)    # (B, 3, S, S)
         rgb = photo.float() / 255
         return gray_of(rgb), rgb, rgb if self.s.style_from == "same" else style.float() / 255
@@ -205,9 +211,9 @@ class Recipe:
     def losses(self, model, batch, seed):
         """The losses of a batch: {"train_loss": what the optimizer minimizes, and others for the log}.
 
-        (The log's val_loss is the color loss alone: with pair or a style loss it does not compare with this.)
-
         batch: (gray, rgb, style) as prepare gives them; seed: of everything that is random in here.
+        (The log's val_loss is the color loss alone. With pair or a style loss it does not compare with
+        train_loss.)
         """
         s, (gray, rgb, style) = self.s, batch
         # Seeds dropout, the palette's directions and the pixels of the pairs. (Set anew before each forward
@@ -233,8 +239,7 @@ class Recipe:
                 other = model.colorize(gray[:half], z.roll(-1, 0)[:half]).float()  # (B/2, 3 or 2, S, S)
             ab = network_to_lab(other, gray[:half], s.space)[:, 1:]             # (B/2, 2, S, S)
             pair = pair_loss(ab, rgb_to_lab(rgb[:half]))
-            # (Halved, as only half of the batch is colored again. That of the whole batch is in `color`
-            # already.)
+            # (Half the weight for half of the batch. `color` has the palette loss in own colors already.)
             palette = palette_loss(other, style.roll(-1, 0)[:half], s.space, offset) / 2
             losses |= {"train_loss": color + s.pair * pair + s.palette * palette, "pair_loss": pair}
 
@@ -296,10 +301,11 @@ def validate(model, recipe, batches):
     a share of how much the palettes of the two photos differ; 0 for a network that ignores the style. spread:
     deviation of the style codes over pictures, mean over dimensions; near 0, all pictures have the same code.
     """
-    s, measures, codes, distances = recipe.s, [], [], 0
+    s, measures, codes, distances = recipe.s, [], [], torch.zeros(4, device=recipe.device)
     model.eval()  # no dropout; BatchNorm with its running statistics
     for batch in batches:
-        # Every photo in its own colors: here there is a truth, the photo.
+        # Every photo in its own colors: here there is a truth, the photo. (Without autocast, and with fixed
+        # directions of the palette loss: so all validations compare.)
         gray, rgb, _ = recipe.prepare(batch)
         z = model.encode_style(rgb_to_network(rgb, s.space)) if s.use_style else None  # (B, D)
         out = model.colorize(gray, z)                                           # (B, 3 or 2, S, S)
@@ -331,12 +337,6 @@ def validate(model, recipe, batches):
 
 # ---- the loop ---------------------------------------------------------------------------------------------
 
-def as_option(name, value):
-    """A setting as one would type it: --batch-size 8, --sigmoid, --no-use-style."""
-    option = ("--no-" if value is False else "--") + name.replace("_", "-")
-    return option if type(value) is bool else f"{option} {value}"
-
-
 def build(run, device):
     """The network, its weights new or from a checkpoint, and its optimizers, new. Raises UserError.
 
@@ -350,8 +350,8 @@ def build(run, device):
     initial = saved or (load_checkpoint(s.init) if s.init else None)
     if initial:
         # Dropout and padding have no weights: they may differ.
-        same = initial["model"] | {"dropout": s.dropout, "padding": s.padding}
-        needed = [as_option(k, v) for k, v in same.items() if v != getattr(s, k)]
+        needed = [as_option(name, value) for name, value in initial["model"].items()
+                  if name not in ("dropout", "padding") and value != getattr(s, name)]
         if needed:
             raise UserError(f"holds another network; add {' '.join(needed)}", run.folder if saved else s.init)
         model.load_state_dict(initial["weights"])
@@ -366,17 +366,18 @@ def train(preset, given, resume, dry_run):
     """All that the loop needs: data, networks, where to go on; then the loop. Returns the exit code.
 
     The order matters: what is quick to check and often wrong comes before what is slow, and nothing is
-    written before everything is known to be right.
+    written before everything is known to be right. run: the folder, the log, the counters (class Run, below);
+    processes: means over several GPUs (class Processes); with one process its calls change nothing.
     """
     run = Run(preset, given, resume, dry_run)
     s, device = run.s, pick_device(run.s.device)
     no_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if s.amp and (device.type == "mps" or no_bf16):
         raise UserError(f"--amp: this {device.type} device has no reliable bfloat16; leave it off")
-    # Samples must not lie among the photos.
+    # Samples must not lie among the photos. (A run that goes on with the same --data has been checked.)
     places = photo_folders(s.data) if os.path.isdir(s.data) else []
-    known = run.saved and s.data == run.saved["settings"].get("data")
-    if not known and any(run.folder.resolve().is_relative_to(place.resolve()) for place in places):
+    checked = run.saved and s.data == run.saved["settings"].get("data")
+    if not checked and any(run.folder.resolve().is_relative_to(place.resolve()) for place in places):
         raise UserError("lies in --data: its samples would become photos; take another --output", run.folder)
     processes = Processes(device)
     model, optimizers = build(run, device)
@@ -412,8 +413,9 @@ def train(preset, given, resume, dry_run):
     if not processes.rank:
         run.lock()  # a folder that cannot be written shows now, and not after an hour
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: only slower
-    loading = dict(num_workers=s.workers, worker_init_fn=start_loader, pin_memory=device.type == "cuda")
+    loading = dict(num_workers=s.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
     loader = iter(DataLoader(photos, batch_sampler=order, **loading))
+    # (Always 16: the foreign styles come from the same batch, and other batches would be other pairs.)
     val_loader = DataLoader(Photos(validation, s.size, s.seed, False), batch_size=16,
                             sampler=[(0, i) for i in range(len(validation))], **loading)  # (epoch, index)
     return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop)
@@ -425,31 +427,35 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
     stop: a list that a signal makes non-empty. Returns the exit code.
     """
     s, passes = run.s, run.passes
-    tenth = 60 * s.minutes / 10 or math.inf  # seconds: a run of --minutes is validated about ten times
+    # Seconds: a run of --minutes is validated about ten times.
+    tenth = 60 * s.minutes / 10 if s.minutes else math.inf
     next_validation = run.seconds + tenth
     while (progress := run.progress()) < 1:
         # Load.
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]   # gray, rgb, style each
 
-        # Learn. Every batch of every process has a number, which together with --seed makes its seed.
+        # Learn. Every batch of every process has a number, the same as in batch_order. Its seed: --seed above
+        # the lowest 32 bits, this number in them.
         lr = learning_rate(s, run.step, progress)
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
         values = train_step(model, recipe, optimizers[0], lr, batches, seeds, processes)
-        # Section 3.2, solution 2: a second step, for the style loss alone, at a tenth of the rate.
+        # Section 3.2, solution 2: a second step, for the style loss alone, at a tenth of the rate. (It
+        # computes all losses again, with the new weights.)
         if s.style_loss == "dual":
             train_step(model, recipe, optimizers[1], lr / 10, batches, seeds, processes, "style_loss")
         run.step += 1
 
         # Look at the losses. All processes look at the same numbers, so all go the same way from here.
-        *numbers, stopping, run.seconds = processes.mean([*values.values(), bool(stop), run.clock()])
+        *numbers, told, run.seconds = processes.mean([*values.values(), bool(stop), run.clock()])
         run.require_finite("the loss", numbers)
         run.recent.append(dict(zip(values, numbers)))
-        # One process that was told to stop is enough; at the end there is nothing left to stop.
-        stopping = stopping > 0 and run.progress() < 1
+        # told: the share of processes that got a signal; one is enough. After the last step there is nothing
+        # to stop.
+        stopping = told > 0 and run.progress() < 1
 
         # Validate and save: every --val-every steps, every tenth of --minutes, and at the end. When stopped
-        # in between, save only: somebody waits.
+        # in between, all of it but the validation, which is slow: somebody waits.
         due = run.step % s.val_every == 0 or run.seconds >= next_validation or run.progress() >= 1
         if due or stopping:
             now = report(run, model, recipe, optimizers, val_loader, processes, validating=due)
@@ -470,14 +476,14 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
 def report(run, model, recipe, optimizers, val_loader, processes, validating):
     """Validate, unless not validating; write the checkpoints, the log and a sheet of samples.
 
-    last.pt comes after best.pt: the other way round, in a run killed between the two, it would remember a
-    lowest loss that best.pt never had. Only the first process does this; the others wait. Returns the mean of
+    best.pt is written first: if the run is killed between the two, last.pt must not remember a lowest loss
+    whose best.pt was never written. Only the first process does this; the others wait. Returns the mean of
     their clocks after it.
     """
     processes.average([b for b in model.buffers() if b.is_floating_point()])  # BatchNorm's statistics
     if not processes.rank:
         result = validate(model, recipe, val_loader) if validating else {}
-        # Checked before anything is written: the checkpoints of an earlier step stay.
+        # Check first: a network that has diverged must not overwrite good checkpoints.
         run.require_finite("the validation loss", result.values())
         run.require_finite("a weight", [w.float().abs().max() for w in model.state_dict().values()])
         run.add_row(optimizers[0].param_groups[0]["lr"], result)
@@ -494,6 +500,7 @@ def report(run, model, recipe, optimizers, val_loader, processes, validating):
         run.write_log()  # last, as it prints: that fails when the terminal has been closed
     if processes.world > 1:
         dist.barrier()  # the others wait here, and read their clocks after it
+    run.kept = run.step
     return processes.mean([run.clock()])[0]
 
 
@@ -530,6 +537,7 @@ class Run:
     recent           losses of the steps since the last row
     printed          when the last line was printed, and at which step
     found            when the last.pt in its folder was written, as it was found at the start
+    kept             the step of last.pt, or 0
     passes, per_step, limit  forward passes and pictures in a step, steps of the whole run (plan sets them)
     """
 
@@ -538,8 +546,9 @@ class Run:
         self.folder = Path(given.get("output") or f"runs/{preset or 'final'}", "dry-run" if dry_run else "")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
         self.rows, self.history, self.recent, self.saved = [], [], [], None
-        self.found = self.last_saved()
-        # Any of these files is a run, also when last.pt was lost: to start anew here would overwrite best.pt.
+        self.found, self.kept = self.last_saved(), 0
+        # Any of these files means that a run was here, even if last.pt is lost: to start anew would overwrite
+        # best.pt.
         if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
             if not resume:
                 raise UserError("already holds a run: add --resume, or choose another --output", self.folder)
@@ -558,14 +567,16 @@ class Run:
             self.s.steps, self.s.val_size = 1, min(self.s.val_size or 16, 16)
 
     def last_saved(self):
-        """When last.pt was written, in nanoseconds: one number, or none."""
-        return [last.stat().st_mtime_ns for last in self.folder.glob("last.pt")]
+        """When last.pt was written, in nanoseconds; None if there is none."""
+        last = self.folder / "last.pt"
+        return last.stat().st_mtime_ns if last.exists() else None
 
     def restore(self, preset, optimizers):
         """Go back to where last.pt ends. Raises UserError for no run of ours or another preset."""
         saved, last = self.saved, self.folder / "last.pt"
         try:
-            # The network and the settings have been checked (load_checkpoint, __init__); here is the rest.
+            # The network and the settings have been checked (load_checkpoint, __init__); here is the rest. An
+            # assert that fails means a damaged file; `except` turns it into one line.
             self.preset, self.step, self.seconds = saved["preset"], saved["step"], saved["seconds"]
             self.best, self.rows, self.history = saved["best"], list(saved["log"]), list(saved["history"])
             numbers = [self.step, self.seconds, *(n for row in self.rows for n in row.values())]
@@ -573,6 +584,7 @@ class Run:
             assert self.rows and all(row.keys() >= {"step", "pictures"} for row in self.rows)
             assert self.preset in PRESETS and type(self.best) is float and not math.isnan(self.best)
             assert type(self.step) is int and 0 < self.step < 2 ** 31
+            self.kept = self.step
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 # Only Adam's averages are taken from the file; rates and the like are those of the settings.
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
@@ -587,8 +599,8 @@ class Run:
         old, new = saved["settings"], vars(self.s)
         if new["init"] not in ("", old.get("init", "")):
             raise UserError("has begun already; --init is for a new run, in another --output", self.folder)
-        changed = [name for name in old if old[name] != new.get(name, old[name]) and name != "output"]
-        # The lowest validation loss so far says nothing when the loss is another one, or its photos are.
+        changed = [name for name in old if name in new and new[name] != old[name] and name != "output"]
+        # The lowest validation loss so far does not compare with those of another loss, or of other photos.
         if {"mse", "lpips", "lpips_net", "palette", "size", "data", "val_size", "seed"} & set(changed):
             self.best = math.inf
         if changed:  # it is another run from here on; say so, and keep a note of it in the checkpoints
@@ -616,14 +628,17 @@ class Run:
             part.unlink()  # what a killed run was writing
 
     def plan(self, pictures, passes):
-        """How long? A step takes `passes` batches; pictures: the size of the training set."""
-        # The clock goes on where the last session ended; what this one did until now, a download for example,
-        # does not count.
+        """Start the clock, and set how long the run is. Refuse to go on with other batches.
+
+        pictures: the size of the training set; passes: batches that a step takes.
+        """
+        # The clock goes on where it was when the run stopped. What was done until now, as a download, does
+        # not count.
         self.started, self.printed = time.monotonic() - self.seconds, (time.monotonic(), self.step)
         s, self.passes, self.per_step = self.s, passes, self.s.batch_size * passes
-        # --steps, else --minutes, and then the clock alone ends the run, else --epochs.
+        # --minutes without --steps has no limit but the clock; with both, what is reached first ends the run.
         self.limit = s.steps or (sys.maxsize if s.minutes else math.ceil(s.epochs * pictures / self.per_step))
-        # The order of the pictures is counted in steps: a resumed run must keep the pictures of a step.
+        # The place in the data is step x pictures a step: so a resumed run must keep that number.
         if self.rows and self.rows[-1]["pictures"] != self.step * self.per_step:
             had = self.rows[-1]["pictures"] // self.step
             raise UserError(f"its steps are of {had} pictures, not {self.per_step}: --batch-size x "
@@ -664,6 +679,7 @@ class Run:
         The whole file is written each time: it is small, and its columns may change with the settings.
         """
         text = io.StringIO()
+        # The columns: every name once, in the order in which they appear.
         table = csv.DictWriter(text, dict.fromkeys(name for row in self.rows for name in row))
         table.writeheader()
         table.writerows(self.rows)
@@ -671,11 +687,16 @@ class Run:
         colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
         numbers = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
-        # (On a terminal, first leave the line of progress.)
-        print("\n" * sys.stdout.isatty() + f"step {self.step}: {numbers}", flush=True)
+        if sys.stdout.isatty():
+            print()  # leave the line of progress
+        print(f"step {self.step}: {numbers}", flush=True)
 
     def save(self, name, model, optimizers):
-        """Write a checkpoint. (report has made sure that its weights are finite.)"""
+        """Write a checkpoint: all that --resume needs. (report has made sure that its weights are finite.)
+
+        The step stands for the random numbers and for the place in the data. Only the weights and Adam's
+        averages cannot be computed again.
+        """
         # "format", "model", "settings" and "weights" are what infer.py reads; the rest is for --resume. The
         # weights include BatchNorm's running statistics. Adam keeps two averages for each weight, so the file
         # is three times as large as the network.
@@ -690,7 +711,7 @@ class Run:
     def require_finite(self, what, numbers):
         """Raise UserError if one of the numbers is nan or inf: the training has diverged."""
         if not all(map(math.isfinite, numbers)):
-            kept = f"last.pt of step {self.rows[-1]['step']} is kept" if self.rows else "nothing was saved"
+            kept = f"last.pt of step {self.kept} is kept" if self.kept else "nothing was saved"
             raise UserError(f"{what} became nan or inf at step {self.step}: try a lower --lr (now "
                             f"{self.s.lr:g}) or --clip 1{', and no --amp' if self.s.amp else ''}; {kept}")
 
@@ -725,7 +746,7 @@ class Processes:
     def average(self, tensors):
         """Give each tensor, in place, its mean over all processes.
 
-        (DistributedDataParallel does it faster, but for one forward pass a step; the pair loss takes two.)
+        (DistributedDataParallel is faster, but expects one forward pass a step; the pair loss takes two.)
         """
         if self.world > 1:
             for t in tensors:
@@ -735,7 +756,7 @@ class Processes:
     def mean(self, numbers):
         """The mean of each number over all processes, the same for all of them: so they decide alike.
 
-        Were one to stop a step earlier than the others, they would wait for its gradients for ever.
+        If one stopped a step earlier, the others would wait for its gradients until the time limit.
         """
         shared = torch.tensor(numbers)
         self.average([shared])
@@ -747,15 +768,16 @@ STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT",
 
 
 def listen_for_stop():
-    """A list that Ctrl-C and its like fill; the step in hand is finished first. A second one ends at once.
+    """A list that Ctrl-C and similar signals fill; `loop` looks at it after each step.
 
+    So a signal during a validation waits for its end and one more step. A second signal ends at once.
     Ctrl-C sends SIGINT, `kill` and a machine that shuts down SIGTERM, a closed terminal SIGHUP. An exception
     in the middle of a step, which is what Python makes of Ctrl-C, would lose all since the last checkpoint.
     """
     stop = []
 
     def on_signal(number, _):
-        # (Under torchrun twice means nothing: it repeats a signal that its processes may have got already.)
+        # (Not under torchrun, which passes on the Ctrl-C that its processes have got already.)
         if stop and not dist.is_initialized():
             sys.exit(130)
         stop.append(number)
@@ -766,7 +788,7 @@ def listen_for_stop():
     return stop
 
 
-def start_loader(_):
+def ignore_signals(_):
     """In a loading process: signals often go to the whole group; the main process alone answers them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -795,8 +817,8 @@ def main(argv=None):
         for loader in multiprocessing.active_children():
             loader.kill()
     if dist.is_initialized():
-        # All leave together: torchrun ends the others when one leaves with 130, and a process that leaves
-        # right after its last average may crash, as gloo's threads still hold tensors of it.
+        # All exit together: torchrun kills the others when one exits with 130. And a process that exits right
+        # after its last average may crash, because gloo's threads still use its tensors.
         dist.barrier()
         dist.destroy_process_group()
     return code

@@ -386,6 +386,17 @@ def test_log_and_curves_have_one_row_a_validation_also_after_a_resume(tmp_path, 
     assert all(f"step {n}: train_loss " in out for n in (4, 8, 12))  # each line says its step
 
 
+def test_a_process_that_writes_nothing_knows_which_step_is_kept(tmp_path):
+    """All processes of torchrun report what diverged; only the first has the rows of the log."""
+    run = train.Run(None, {"output": str(tmp_path / "run")}, False, False)
+    run.step, run.clock = 4, lambda: 0.
+    second = SimpleNamespace(rank=1, world=1, average=lambda _: None, mean=lambda numbers: numbers)
+    train.report(run, train.Colorizer(run.s), None, [], None, second, False)
+    run.step = 5
+    with pytest.raises(UserError, match="at step 5.*last.pt of step 4 is kept"):
+        run.require_finite("the loss", [math.nan])
+
+
 def test_with_minutes_a_run_is_validated_about_ten_times(tmp_path, monkeypatch):
     """The clock is one that goes on by half a second whenever somebody looks at it."""
     ticks = iter(np.arange(1e6) / 2)
