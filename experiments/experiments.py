@@ -1,9 +1,10 @@
 """The table and the figures of the paper's experiments, from finished runs.
 
-    python experiments/experiments.py RUNS PHOTOS PAINTINGS [--figures FOLDER]
+    python experiments/experiments.py RUNS PHOTOS PAINTINGS
+    python experiments/experiments.py [RUNS] --figures FOLDER
 
-A row for each run in the folder RUNS. From the last row of its log.csv: pictures seen, losses, psnr, transfer, listens
-(train.py, validate). Measured here with its last.pt, at the size it was trained at:
+The table has a row for each run below the folder RUNS. From the last row of its log.csv: pictures seen, losses, psnr,
+transfer, listens (train.py, validate). Measured here with its last.pt, at the size it was trained at:
 
     spread   deviation of the style codes over the first 100 of PAINTINGS, mean over dimensions, as infer.py --latents
     alive    dimensions in which that deviation is above .01
@@ -12,9 +13,9 @@ A row for each run in the folder RUNS. From the last row of its log.csv: picture
              output and photo, averaged over pictures and 4x4 blocks (the outer quarters aside); its deviation.
              About .1 is chance at 64x64.
 
-With --figures, from the pictures in examples/ alone: experiments.jpg, every run's own small output with the photo's
-colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched; and the curves
-in TOGETHER. The logs of the long runs are kept in logs/: their curves can be drawn without any run, with none as RUNS.
+The figures: the curves in CURVES, from the log.csv of runs in RUNS and the logs of earlier ones that are kept in logs/;
+and from RUNS and the pictures in examples/ alone: experiments.jpg, the small outputs of the runs in PICTURED with the
+photo's own colors and four styles; codes.png; grid.png, a corner of the rocket's sky enlarged, its contrast stretched.
 """
 import argparse
 import csv
@@ -34,39 +35,43 @@ from data import (UserError, crop_square, gray_of, lab_to_gamut, list_pictures, 
 from figures import strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
 
-CODES = ["wide-32", "collapsed", "combined-authors", "combined-sigmoid", "final", "lab"]
-CLOSEUPS = ["final", "mse-only", "lpips-only", "lpips-resize"]
-# "What makes a style branch die?": which runs, and the color of each.
-DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "other": "darkorange", "other-loss": "firebrick",
-         "authors-own": "gray"}
-# Section 3.3: the same network in three widths.
-WIDTHS = {"width16": "steelblue", "width32": "mediumseagreen", "width64": "darkorange"}
-# Table 2, figure 5: three runs of the wide network, from the authors' initial weights twice and from ours.
-WIDE = {"wide2000": "steelblue", "wide2000-seed1": "mediumseagreen", "collapsed2000": "darkorange"}
-# Columns of one run: section 2.2 (longer training), table 1 (the U-Net alone), section 3.2 (a loss on the codes).
+# The runs in experiments.jpg, in codes.png and in grid.png.
+PICTURED = ["other", "own-loss", "combined-long-seed1", "authors-own", "own", "mse-long-seed1", "lpips-long-seed1",
+            "final-long-seed1", "lab-long-seed1"]
+CODES = ["combined-long-seed1", "sigmoid", "authors-own", "own"]
+CLOSEUPS = ["final-long-seed1", "lpips-long-seed1", "mse-long-seed1", "resize-long-seed1"]
+
+
+def seeds(column, runs):
+    """Curves of a column of log.csv: for each run its own, and in a paler color that of the same with another seed.
+
+    runs: {what the figure calls it: run}; the other run has -seed1 behind its name.
+    """
+    colors = ("steelblue", "lightsteelblue"), ("firebrick", "lightcoral"), ("seagreen", "mediumaquamarine")
+    return {name + seed: (run + folder, column, color) for (name, run), pair in zip(runs.items(), colors)
+            for seed, folder, color in zip(("", ", seed 1"), ("", "-seed1"), pair)}
+
+
+DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "own-loss-gradient": "mediumpurple", "other": "darkorange",
+         "other-loss": "firebrick", "authors-own": "gray"}
+SOLUTION = {"color_loss": "steelblue", "style_loss": "firebrick", "val_spread": "gray"}
 LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
-UNET = {"train_loss": "steelblue", "val_loss": "firebrick"}
-COMBINED = {"color_loss": "steelblue", "style_loss": "firebrick", "val_spread": "gray"}
-# Figures of several curves. A curve is its name, its run, the run's column of log.csv, and its color.
-TOGETHER = {"listens": [(run, run, "val_listens", color) for run, color in DYING.items()],
-            "spread": [(run, run, "val_spread", color) for run, color in DYING.items()],
-            "scarcity": [(run, run, "val_transfer", color) for run, color in WIDTHS.items()],
-            "longest": [(column, "final-long", column, color) for column, color in LONGEST.items()],
-            "wide": [(run, run, "val_spread", color) for run, color in WIDE.items()],
-            "unet": [(column, "unet-long", column, color) for column, color in UNET.items()],
-            "combined": [(column, "combined-long", column, color) for column, color in COMBINED.items()],
-            "solutions": [("combined", "combined-long", "val_listens", "steelblue"),
-                          ("combined authors", "combined-authors-long", "val_listens", "darkorange"),
-                          ("dual", "dual-long", "val_listens", "firebrick")],
-            # "MSE and LPIPS together".
-            "terms": [("both", "final-long", "val_transfer", "steelblue"),
-                      ("MSE alone", "mse-long", "val_transfer", "darkorange"),
-                      ("LPIPS alone", "lpips-long", "val_transfer", "firebrick")],
-            # "32 numbers are best".
-            "latents": [(f"{n} numbers", run, "val_transfer", color) for n, run, color in (
-                (2, "latent2-long", "firebrick"), (8, "latent8-long", "goldenrod"),
-                (16, "latent16-long", "mediumseagreen"), (32, "latent32-long-seed1", "steelblue"),
-                (64, "latent64-long", "mediumpurple"), (128, "latent128-long", "black"))]}
+# {figure: {curve: (its run, a column of log.csv, color)}}. A + joins runs of which one goes on with the network of the
+# other.
+CURVES = {"unet": {"training": ("unet-long", "train_loss", "steelblue"),
+                   "validation": ("unet-long", "val_loss", "firebrick")},
+          "wide": seeds("val_transfer", {"authors' weights": "wide2000", "our weights": "collapsed2000"}),
+          "combined": {name: ("combined-long", name, color) for name, color in SOLUTION.items()},
+          "dual": {name: ("dual-long", name, color) for name, color in SOLUTION.items()},
+          "listens": {run: (run, "val_listens", color) for run, color in DYING.items()},
+          "spread": {run: (run, "val_spread", color) for run, color in DYING.items()},
+          "scarcity": seeds("val_transfer", {"width 16": "width16", "width 32": "width32", "width 64": "width64"}),
+          "longest": {name: ("final-long+final-longer", name, color) for name, color in LONGEST.items()},
+          "paper": {name: ("paper+paper-2+paper-3", name, color) for name, color in LONGEST.items()},
+          "terms": seeds("val_transfer", {"both": "final-long", "MSE alone": "mse-long", "LPIPS alone": "lpips-long"}),
+          "lab": seeds("val_transfer", {"RGB": "final-long", "LAB": "lab-long"})}
+# latents.png: the runs of footnote 4, by the numbers in their codes, at this many pictures.
+SIZES, AT = {n: "final-long" if n == 32 else f"latent{n}-long" for n in (2, 8, 16, 32, 64, 128)}, "40000"
 
 
 def grid(out, truth):
@@ -79,9 +84,9 @@ def grid(out, truth):
 
 
 def read_log(path):
-    """The rows of a log.csv, as dictionaries of texts."""
+    """The validated rows of a log.csv, as dictionaries of texts. (The last row of a stopped run is not validated.)"""
     with open(path) as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row.get("val_loss")]
 
 
 def load(folder):
@@ -93,7 +98,7 @@ def load(folder):
 @torch.no_grad()
 def row(name, folder, photos, paintings):
     """Print a run's row of the table."""
-    validated = [r for r in read_log(folder / "log.csv") if r.get("val_loss")]  # a stopped run's last row is not
+    validated = read_log(folder / "log.csv")
     if not validated:
         return
     log = validated[-1]
@@ -118,73 +123,98 @@ def row(name, folder, photos, paintings):
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def draw(runs, folder):
-    """The figures; runs: {name: folder}."""
+@torch.no_grad()
+def small(model, size, photo, style):
+    """The network's own small answer to a photo in the colors of a style, all PIL pictures."""
+    z = infer.encode(model, resize_short_side(style, size))
+    return to_picture(lab_to_gamut(infer.predict(model, gray_of(to_batch(crop_square(photo, size))), z))[0])
+
+
+def draw_pictures(runs, folder):
+    """experiments.jpg, codes.png and grid.png; runs: {name: folder}. What these runs do not give is not written."""
     examples = {p.stem: open_picture(p) for p in list_pictures(TOP / "examples")}
     styles = ["style", "garden", "harvest", "checks"]
-    side, left = 64, 110
-    page = Image.new("RGB", (left + 10 * (side + 4), (side + 4) * (len(runs) + 1) + 4), "white")
-    pen = ImageDraw.Draw(page)
 
-    def place(picture, column, line):
-        page.paste(picture, (left + column * (side + 4), 4 + line * (side + 4)))
-    codes, closeups = [], []
-    for i, style in enumerate(styles):
-        for column in (1 + i, 6 + i):
-            place(crop_square(examples[style], side), column, 0)
-    for line, (name, run_folder) in enumerate(runs.items(), start=1):
-        model, size = load(run_folder)
-        pen.text((4, 30 + line * (side + 4)), name, fill="black")
-        for k, photo in enumerate(("chelsea", "rocket")):
-            photo = crop_square(examples[photo], size)
-            gray = gray_of(to_batch(photo))                                     # (1, 1, size, size)
-            for i, style in enumerate([photo] + [examples[s] for s in styles]):
-                z = infer.encode(model, resize_short_side(style, size)) if model.config.use_style else None
-                raw = to_picture(lab_to_gamut(infer.predict(model, gray, z))[0])
-                place(raw.resize((side, side), Image.Resampling.NEAREST), 5 * k + i, line)
-                if k and not i and name in CLOSEUPS:
-                    crop = ImageOps.autocontrast(raw.crop((4, 4, 36, 36)), cutoff=2)
-                    closeups.append((name, crop.resize((256, 256), Image.Resampling.NEAREST)))
-        if model.config.use_style and name in CODES:
-            z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in styles])
-            codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
-    # Only what these runs give: other figures in the folder stay.
-    if closeups:
+    # experiments.jpg: a row a run; two photos, each in its own colors and in those of four styles.
+    shown = [name for name in PICTURED if name in runs]
+    cell, left = 68, 130
+    page = Image.new("RGB", (left + 10 * cell, cell * (len(shown) + 1)), "white")
+    for k, photo in enumerate(("chelsea", "rocket")):
+        for i, style in enumerate([photo] + styles):
+            x = left + (5 * k + i) * cell
+            if i:
+                page.paste(crop_square(examples[style], 64), (x, 2))
+            for y, name in enumerate(shown, start=1):
+                picture = small(*load(runs[name]), examples[photo], examples[style])
+                page.paste(picture.resize((64, 64), Image.Resampling.NEAREST), (x, 2 + y * cell))
+                ImageDraw.Draw(page).text((4, 28 + y * cell), name, fill="black")
+    if shown:
         page.save(folder / "experiments.jpg", quality=90)
+
+    # codes.png: the codes of the four styles, as histograms. grid.png: a corner of the rocket's sky.
+    codes, skies = [], []
+    for name in [name for name in CODES if name in runs]:
+        model, size = load(runs[name])
+        z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in styles])
+        codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
+    for name in [name for name in CLOSEUPS if name in runs]:
+        sky = small(*load(runs[name]), examples["rocket"], examples["rocket"]).crop((4, 4, 36, 36))
+        sky = ImageOps.autocontrast(sky, cutoff=2).resize((256, 256), Image.Resampling.NEAREST)
+        skies.append(strip([(name, sky)], 256))
+    for figure, pictures in (("codes", codes), ("grid", skies)):
+        if pictures:
+            w, h = pictures[0].size
+            page = Image.new("RGB", (2 * w, -(-len(pictures) // 2) * h), "white")
+            for i, picture in enumerate(pictures):
+                page.paste(picture, (i % 2 * w, i // 2 * h))
+            page.save(folder / f"{figure}.png")
+
+
+def draw_logs(runs, folder):
+    """The figures with curves; runs: {name: folder}, besides those whose logs are kept."""
     logs = {p.stem: p for p in LOGS.glob("*.csv")} | {name: run / "log.csv" for name, run in runs.items()}
-    for figure, curves in TOGETHER.items():
-        rows = [{"step": row["step"], name: row[column]} for name, run, column, _ in curves if run in logs
-                for row in read_log(logs[run])  # no validation where a run was interrupted
-                if row.get("val_loss") and row.get(column)]
+
+    def points(run, column, name):
+        """Rows for infer.draw_curves. The pictures of a run that goes on with another's network are added to those."""
+        before = 0
+        for log in [read_log(logs[part]) for part in run.split("+") if part in logs]:
+            yield from ({"pictures": before + int(row["pictures"]), name: row[column]} for row in log)
+            before += int(log[-1]["pictures"]) if log else 0
+    for figure, curves in CURVES.items():
+        rows = [row for name, (run, column, _) in curves.items() for row in points(run, column, name)]
         if rows:
-            infer.draw_curves(rows, {name: color for name, *_, color in curves}).save(folder / f"{figure}.png")
-    for name, pictures, columns in (("codes", codes, 2), ("grid", [strip([cell], 256) for cell in closeups], 4)):
-        if not pictures:
-            continue
-        w, h = (max(getattr(p, side) for p in pictures) for side in ("width", "height"))
-        page = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white")
-        for i, picture in enumerate(pictures):
-            page.paste(picture, (i % columns * w, i // columns * h))
-        page.save(folder / f"{name}.png")
+            colors = {name: color for name, (*_, color) in curves.items()}
+            infer.draw_curves(rows, colors, "pictures").save(folder / f"{figure}.png")
+    rows = [{"numbers": n, f"transfer{seed}": row["val_transfer"]} for n, run in SIZES.items()
+            for seed, log in (("", run), (", seed 1", f"{run}-seed1")) if log in logs
+            for row in read_log(logs[log]) if row["pictures"] == AT]
+    if rows:
+        colors = {"transfer": "steelblue", "transfer, seed 1": "firebrick"}
+        infer.draw_curves(rows, colors, "numbers").save(folder / "latents.png")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path)
-    parser.add_argument("photos")
-    parser.add_argument("paintings")
+    parser.add_argument("runs", type=Path, nargs="?")
+    parser.add_argument("photos", nargs="?")
+    parser.add_argument("paintings", nargs="?")
     parser.add_argument("--figures", type=Path)
     args = parser.parse_args()
-    runs = {p.parent.name: p.parent for p in sorted(args.runs.glob("*/last.pt"), key=lambda p: p.stat().st_mtime)}
+    if not args.figures and not args.paintings:
+        parser.error("give RUNS PHOTOS PAINTINGS, or --figures FOLDER")
+    found = sorted(args.runs.rglob("last.pt"), key=lambda p: p.stat().st_mtime) if args.runs else []
+    runs = {p.parent.name: p.parent for p in found if p.parent.name != "dry-run"}
+    if args.runs and not runs:
+        raise UserError("no runs here", args.runs)
     if args.figures:
         args.figures.mkdir(parents=True, exist_ok=True)
-        return draw(runs, args.figures)
+        draw_pictures(runs, args.figures)
+        return draw_logs(runs, args.figures)
     photos, paintings = ([open_picture(p) for p in list_pictures(folder)[:100]]
                          for folder in (args.photos, args.paintings))
-    for what, place, found in (("runs", args.runs, runs), ("pictures", args.photos, photos),
-                               ("pictures", args.paintings, paintings)):
-        if not found:
-            raise UserError(f"no {what} here", place)
+    for folder, pictures in ((args.photos, photos), (args.paintings, paintings)):
+        if not pictures:
+            raise UserError("no pictures here", folder)
     print("| run | parameters | pictures | train loss | val loss | psnr | psnr L | transfer | spread | alive | listens "
           "| grid |\n" + "|---" * 12 + "|")
     for name, folder in runs.items():

@@ -3,11 +3,12 @@
     python experiments/variants.py relu,scales,encoder -- --preset combined --output runs/combined-authors ...
 
     relu     a ReLU before the pooling that makes the style code, as in the authors' program
-    scales   AdaIN's scales start at 1 + (1 + .02 n) z and its shifts at .02 n z, n normal, as in the authors' program:
-             nearly the same numbers for all channels of a layer
+    scales   the weights that make AdaIN's scales from a code start near 1 (normal, deviation .02), and those that make
+             its shifts near 0, as in the authors' program: a code scales all channels of a layer nearly alike
     encoder  the style encoder starts with torch's default weights, as in the authors' program
     resize   up-sampling by nearest neighbor and a 3x3 convolution instead of a transposed convolution
     hues     half of the training photos, style and all, have their hues turned by a random angle
+    gradient --style-loss with the gradient of both codes; in the paper the result's code has none
 
 The arguments behind -- are those of train.py. The names go into variants.txt in the run's folder, because the
 checkpoint does not hold them: train.py and infer.py refuse one with relu or resize.
@@ -21,15 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 import train  # noqa: E402
-from data import (Parser, Photos, UserError, lab_to_gamut, rgb_to_lab, run_program,  # noqa: E402
-                  save_atomically)
+from data import (Parser, Photos, UserError, lab_to_gamut, network_to_rgb, rgb_to_lab, rgb_to_network,  # noqa: E402
+                  run_program, save_atomically)
+from losses import style_loss  # noqa: E402
 from model import Colorizer  # noqa: E402
 
-NAMES, FILE = ("relu", "scales", "encoder", "resize", "hues"), "variants.txt"
+NAMES, FILE = ("relu", "scales", "encoder", "resize", "hues", "gradient"), "variants.txt"
 
 
 class Variant(Colorizer):
@@ -39,13 +42,17 @@ class Variant(Colorizer):
         super().__init__(config)
         if not self.config.use_style and set(names) & {"relu", "scales", "encoder"}:
             raise UserError("relu, scales and encoder change the style branch, and this network has none")
-        for layer in self.adain if "scales" in names else ():
-            scale, shift = layer.affine.weight.data.chunk(2)                    # 2 x (C, D)
-            scale.normal_(1, .02)
-            shift.normal_(0, .02)
-        for conv in self.style_encoder.convs if "encoder" in names else ():
-            conv.reset_parameters()
-        if "relu" in names:  # as a layer: its weights get a name that the plain network refuses
+        if "scales" in names:
+            for layer in self.adain:
+                scale, shift = layer.affine.weight.data.chunk(2)                # 2 x (C, D)
+                scale.normal_(1, .02)
+                shift.normal_(0, .02)
+        if "encoder" in names:
+            for conv in self.style_encoder.convs:
+                conv.reset_parameters()
+        # Within a Sequential the weights have another name: so the plain network refuses the file, and does not
+        # run it without the ReLU.
+        if "relu" in names:
             self.style_encoder.convs[-1] = nn.Sequential(self.style_encoder.convs[-1], nn.ReLU())
         if "resize" in names:
             self.up = nn.ModuleList(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(
@@ -67,11 +74,17 @@ class TurnedHues(Photos):
 
     def __getitem__(self, key):
         pictures = super().__getitem__(key)  # photo and style, (3, S, S) uint8 each
-        rng = np.random.default_rng([self.seed, *key, 1])
+        rng = np.random.default_rng([self.seed, *key, 1])  # the 1: other numbers than those of the crop
         if not self.train or rng.random() < .5:
             return pictures
         turned = rotate_hue(torch.stack(pictures) / 255, rng.uniform(-math.pi, math.pi))    # (2, 3, S, S)
         return tuple((255 * turned).round().to(torch.uint8))
+
+
+def style_loss_of_both(model, gray, z, out):
+    """losses.style_loss, with the gradient of the result's code, too."""
+    space = model.config.space
+    return F.mse_loss(z, model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space)))
 
 
 def of_run(folder):
@@ -82,7 +95,8 @@ def of_run(folder):
 
 @contextlib.contextmanager
 def use(names):
-    """Inside `with use(names):` train.py and infer.py build the changed network, and train.py takes the changed photos.
+    """Inside `with use(names):` train.py and infer.py build the changed network, and train.py takes the changed photos
+    and loss: it replaces the names that these modules use, and puts them back.
 
     train.py also writes the names into the run's folder, when it has checked everything else and locked the folder.
     """
@@ -94,11 +108,12 @@ def use(names):
     train.Run.lock = lock_and_note
     train.Colorizer = infer.Colorizer = functools.partial(Variant, names=names) if names else Colorizer
     train.Photos = TurnedHues if "hues" in names else Photos
+    train.style_loss = style_loss_of_both if "gradient" in names else style_loss
     try:
         yield
     finally:
         train.Colorizer = infer.Colorizer = Colorizer
-        train.Photos, train.Run.lock = Photos, lock
+        train.Photos, train.style_loss, train.Run.lock = Photos, style_loss, lock
 
 
 def main(argv=None):

@@ -65,19 +65,37 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     assert (final["run"], final["pictures"]) == ("final", "8") and final["alive"].endswith("/ 8")
     assert final["train loss"] == f"{float(log['train_loss']):.4f}" and final["psnr"] == f"{float(log['val_psnr']):.2f}"
     assert {c for c, v in unet.items() if v == "-"} == {"transfer", "spread", "alive", "listens"}
-    for name in ("own", "width16", "wide2000", "final-long"):  # one of each figure in which curves are drawn on one page
-        shutil.copytree(runs / "final", runs / name)
-    (runs / "width16" / "log.csv").write_text("step,val_loss,val_transfer\n1,1,.5\n2,1,.6\n")  # two steps may end below 0
-    monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), "-", "-", "--figures", str(tmp_path / "f")])
+    for name in ("own", "lpips-long-seed1"):  # both in experiments.jpg, one in codes.png, one in grid.png
+        shutil.copytree(runs / "final", runs / "below" / name)
+    monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), "--figures", str(tmp_path / "f")])
     experiments.main()
-    assert {p.name for p in (tmp_path / "f").iterdir()} == {
-        "experiments.jpg", "codes.png", "grid.png", "listens.png", "spread.png", "scarcity.png", "longest.png",
-        "wide.png", "terms.png",
-        "unet.png", "combined.png", "solutions.png", "latents.png"}  # these four from the logs that are kept
+    curves = {f"{name}.png" for name in (*experiments.CURVES, "latents")}  # from the logs that are kept
+    assert {p.name for p in (tmp_path / "f").iterdir()} == {"experiments.jpg", "codes.png", "grid.png"} | curves
+    assert Image.open(tmp_path / "f" / "experiments.jpg").size == (130 + 10 * 68, 3 * 68)
     assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
-    for figure in ("spread", "scarcity", "longest", "wide"):  # steelblue is the color of "own", "width16", train_loss, "wide2000"
-        pixels = np.asarray(Image.open(tmp_path / "f" / f"{figure}.png").convert("RGB")).reshape(-1, 3)
-        assert (pixels == (70, 130, 180)).all(1).sum() > 10
+
+
+def test_curves_are_over_pictures_and_a_run_goes_on_where_the_one_before_ended(tmp_path, monkeypatch):
+    for name, rows in (("a", "100,.5,.1\n200,.4,.2\n230,,"), ("b", "50,.3,.3"), ("latent8-long", "30,1,.4\n40000,1,.6"),
+                       ("latent8-long-seed1", "40000,1,.7")):
+        (tmp_path / f"{name}.csv").write_text(f"pictures,val_loss,val_transfer\n{rows}\n")
+    drawn = {}
+
+    class Page:
+        def __init__(self, rows, colors, across):
+            self.rows = rows, colors, across
+
+        def save(self, path):
+            drawn[path.name] = self.rows
+    monkeypatch.setattr(experiments, "LOGS", tmp_path)
+    monkeypatch.setattr(experiments, "CURVES", {"one": {"x": ("a+b", "val_transfer", "red")},
+                                                "none": {"x": ("c", "val_transfer", "red")}})
+    monkeypatch.setattr(infer, "draw_curves", Page)
+    experiments.draw_logs({}, tmp_path)
+    rows, colors, across = drawn["one.png"]
+    assert rows == [{"pictures": n, "x": v} for n, v in ((100, ".1"), (200, ".2"), (250, ".3"))]
+    assert (colors, across) == ({"x": "red"}, "pictures") and "none.png" not in drawn
+    assert drawn["latents.png"][0] == [{"numbers": 8, "transfer": ".6"}, {"numbers": 8, "transfer, seed 1": ".7"}]
 
 
 # ---- the changed networks ---------------------------------------------------------------------------------
@@ -173,6 +191,22 @@ def test_hues_go_into_the_training_that_asks_for_them(tmp_path):
     assert runs["hues"] == runs["hues,encoder"] != runs["encoder"] and train.Photos is Photos
 
 
+def test_with_gradient_the_style_loss_moves_the_code_of_the_result_too():
+    model = build().requires_grad_(True)
+    gray, z = torch.rand(2, 1, 32, 32), torch.rand(2, 8)
+    out = torch.rand(2, 3, 32, 32, requires_grad=True)
+    with variants.use(("gradient",)):
+        both = train.style_loss(model, gray, z, out)
+    assert train.style_loss is variants.style_loss
+    plain = train.style_loss(model, gray, z, out)
+    assert torch.equal(both, plain) and not plain.requires_grad
+    # Along the gradient of the picture the loss changes by the square of that gradient's length.
+    slope, = torch.autograd.grad(both, out)
+    step = 1e-2 * slope / slope.norm()
+    change = train.style_loss(model, gray, z, out.detach() + step) - train.style_loss(model, gray, z, out.detach() - step)
+    assert change > 0 and abs(change / 2e-2 / slope.norm() - 1) < .05
+
+
 def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monkeypatch, capsys):
     run = tmp_path / "runs" / "authors"
     options = [*TINY, "--output", str(run)]
@@ -199,7 +233,7 @@ def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monk
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         variants.main(["rely", "--", "--steps", "1"])
-    assert "relu, scales, encoder, resize, hues" in capsys.readouterr().err
+    assert "relu, scales, encoder, resize, hues, gradient" in capsys.readouterr().err
     with pytest.raises(UserError, match="style branch"):
         variants.main(["relu", "--", *TINY, "--no-use-style", "--steps", "1", "--output", str(tmp_path / "run")])
     train.main([*TINY, "--steps", "1", "--output", str(tmp_path / "plain")])
@@ -245,7 +279,9 @@ def test_runs_that_were_stopped_show_their_last_validation_and_an_empty_folder_i
     # Of a run that has a curve in a figure, but was stopped before its first validation, no curve is drawn.
     shutil.copytree(runs / "one", tmp_path / "stopped" / "own")
     (tmp_path / "stopped" / "own" / "log.csv").write_text("step,pictures,seconds,train_loss\n1,4,1.0,.5\n")
-    monkeypatch.setattr("sys.argv", ["experiments.py", str(tmp_path / "stopped"), "-", "-", "--figures", str(tmp_path)])
-    experiments.main()
-    assert (tmp_path / "listens.png").read_bytes() != (experiments.TOP / "experiments/figures/listens.png").read_bytes()
-    assert (tmp_path / "terms.png").read_bytes() == (experiments.TOP / "experiments/figures/terms.png").read_bytes()
+    for folder, given in (("with", [str(tmp_path / "stopped")]), ("without", [])):
+        monkeypatch.setattr("sys.argv", ["experiments.py", *given, "--figures", str(tmp_path / folder)])
+        experiments.main()
+    same = {figure: (tmp_path / "with" / figure).read_bytes() == (tmp_path / "without" / figure).read_bytes()
+            for figure in ("listens.png", "spread.png", "terms.png")}
+    assert same == {"listens.png": False, "spread.png": False, "terms.png": True}
