@@ -188,7 +188,7 @@ def style_loss(model, gray, z, out):
 
     As in the paper, the result's code is taken without gradient. So only the style encoder can lower this
     loss, and nothing fixes the scale of its codes: with foreign styles they shrink to zero, with the photo's
-    own they explode (experiments/README.md). Returns a scalar tensor.
+    own they explode, but not with that gradient (experiments/README.md). Returns a scalar tensor.
     """
     space = model.config.space
     with torch.no_grad():

@@ -52,10 +52,10 @@ def seeds(column, runs):
             for seed, folder, color in zip(("", ", seed 1"), ("", "-seed1"), pair)}
 
 
-DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "own-loss-gradient": "mediumpurple", "other": "darkorange",
+DYING = {"own": "steelblue", "own-loss": "mediumseagreen", "own-loss-encoder": "mediumpurple", "other": "darkorange",
          "other-loss": "firebrick", "authors-own": "gray"}
 SOLUTION = {"color_loss": "steelblue", "style_loss": "firebrick", "val_spread": "gray"}
-LONGEST = {"val_transfer": "darkorange", "train_loss": "steelblue", "val_loss": "firebrick"}
+LONGEST, PAPER = "final-long+final-longer", "paper-1+paper-2+paper"
 # {figure: {curve: (its run, a column of log.csv, color)}}. A + joins runs of which one goes on with the network of the
 # other.
 CURVES = {"unet": {"training": ("unet-long", "train_loss", "steelblue"),
@@ -66,8 +66,11 @@ CURVES = {"unet": {"training": ("unet-long", "train_loss", "steelblue"),
           "listens": {run: (run, "val_listens", color) for run, color in DYING.items()},
           "spread": {run: (run, "val_spread", color) for run, color in DYING.items()},
           "scarcity": seeds("val_transfer", {"width 16": "width16", "width 32": "width32", "width 64": "width64"}),
-          "longest": {name: ("final-long+final-longer", name, color) for name, color in LONGEST.items()},
-          "paper": {name: ("paper+paper-2+paper-3", name, color) for name, color in LONGEST.items()},
+          "longest": {"64x64": (LONGEST, "val_transfer", "steelblue"), "paper": (PAPER, "val_transfer", "firebrick")},
+          "losses": {"64x64, training": (LONGEST, "train_loss", "lightsteelblue"),
+                     "64x64, validation": (LONGEST, "val_loss", "steelblue"),
+                     "paper, training": (PAPER, "train_loss", "lightcoral"),
+                     "paper, validation": (PAPER, "val_loss", "firebrick")},
           "terms": seeds("val_transfer", {"both": "final-long", "MSE alone": "mse-long", "LPIPS alone": "lpips-long"}),
           "lab": seeds("val_transfer", {"RGB": "final-long", "LAB": "lab-long"})}
 # latents.png: the runs of footnote 4, by the numbers in their codes, at this many pictures.

@@ -9,6 +9,7 @@
     resize   up-sampling by nearest neighbor and a 3x3 convolution instead of a transposed convolution
     hues     half of the training photos, style and all, have their hues turned by a random angle
     gradient --style-loss with the gradient of both codes; in the paper the result's code has none
+    only-encoder  with gradient: that of the result's code ends at the result, so the U-Net gets none of it
 
 The arguments behind -- are those of train.py. The names go into variants.txt in the run's folder, because the
 checkpoint does not hold them: train.py and infer.py refuse one with relu or resize.
@@ -32,7 +33,7 @@ from data import (Parser, Photos, UserError, lab_to_gamut, network_to_rgb, rgb_t
 from losses import style_loss  # noqa: E402
 from model import Colorizer  # noqa: E402
 
-NAMES, FILE = ("relu", "scales", "encoder", "resize", "hues", "gradient"), "variants.txt"
+NAMES, FILE = ("relu", "scales", "encoder", "resize", "hues", "gradient", "only-encoder"), "variants.txt"
 
 
 class Variant(Colorizer):
@@ -81,9 +82,9 @@ class TurnedHues(Photos):
         return tuple((255 * turned).round().to(torch.uint8))
 
 
-def style_loss_of_both(model, gray, z, out):
+def style_loss_of_both(model, gray, z, out, only_encoder):
     """losses.style_loss, with the gradient of the result's code, too."""
-    space = model.config.space
+    space, out = model.config.space, out.detach() if only_encoder else out
     return F.mse_loss(z, model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space)))
 
 
@@ -108,7 +109,8 @@ def use(names):
     train.Run.lock = lock_and_note
     train.Colorizer = infer.Colorizer = functools.partial(Variant, names=names) if names else Colorizer
     train.Photos = TurnedHues if "hues" in names else Photos
-    train.style_loss = style_loss_of_both if "gradient" in names else style_loss
+    if "gradient" in names:
+        train.style_loss = functools.partial(style_loss_of_both, only_encoder="only-encoder" in names)
     try:
         yield
     finally:

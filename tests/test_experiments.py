@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import experiments
+import explode
 import infer
 import oracle
 import train
@@ -197,6 +198,13 @@ def test_with_gradient_the_style_loss_moves_the_code_of_the_result_too():
     out = torch.rand(2, 3, 32, 32, requires_grad=True)
     with variants.use(("gradient",)):
         both = train.style_loss(model, gray, z, out)
+    with variants.use(("gradient", "only-encoder")):
+        encoder = train.style_loss(model, gray, z, out)
+    assert torch.equal(encoder, both)
+    [weight] = torch.autograd.grad(encoder, model.style_encoder.convs[0].weight, retain_graph=True)
+    [same] = torch.autograd.grad(both, model.style_encoder.convs[0].weight, retain_graph=True)
+    assert torch.equal(weight, same) and weight.abs().max() > 0
+    assert torch.autograd.grad(encoder, out, allow_unused=True) == (None,)
     assert train.style_loss is variants.style_loss
     plain = train.style_loss(model, gray, z, out)
     assert torch.equal(both, plain) and not plain.requires_grad
@@ -205,6 +213,23 @@ def test_with_gradient_the_style_loss_moves_the_code_of_the_result_too():
     step = 1e-2 * slope / slope.norm()
     change = train.style_loss(model, gray, z, out.detach() + step) - train.style_loss(model, gray, z, out.detach() - step)
     assert change > 0 and abs(change / 2e-2 / slope.norm() - 1) < .05
+
+
+def test_codes_grow_where_those_of_results_are_larger():
+    """A code of two numbers, the mean red and the mean green; the result has half of the red and twice the green."""
+    class Model:
+        config = ModelConfig()
+
+        def encode_style(self, style):
+            return style[:, :2].mean((2, 3))
+
+        def colorize(self, gray, s):
+            red, green = s[:, :1] / 2, 2 * s[:, 1:]
+            return torch.cat([red, green, red], 1)[:, :, None, None].expand(-1, -1, 8, 8)
+    rgb = torch.rand(5, 3, 8, 8) / 2
+    s = rgb[:, :2].numpy().mean((2, 3))
+    found = explode.slopes(Model(), rgb, rgb)
+    np.testing.assert_allclose(found, (s ** 2).mean(0) * [.5, -1], rtol=1e-4)
 
 
 def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monkeypatch, capsys):
@@ -233,7 +258,7 @@ def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monk
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         variants.main(["rely", "--", "--steps", "1"])
-    assert "relu, scales, encoder, resize, hues, gradient" in capsys.readouterr().err
+    assert "relu, scales, encoder, resize, hues, gradient, only-encoder" in capsys.readouterr().err
     with pytest.raises(UserError, match="style branch"):
         variants.main(["relu", "--", *TINY, "--no-use-style", "--steps", "1", "--output", str(tmp_path / "run")])
     train.main([*TINY, "--steps", "1", "--output", str(tmp_path / "plain")])
