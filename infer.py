@@ -412,7 +412,7 @@ def histograms(codes, names):
 
 
 def round_numbers(low, high):
-    """Three to seven round numbers from low to high: 0.2, 0.4, 0.6 and so on."""
+    """About five round numbers from low to high: 0.2, 0.4, 0.6 and so on."""
     power = 10 ** math.floor(math.log10(high - low))
     step = next(s * power for s in (2, 1, .5, .2) if (high - low) / (s * power) >= 3)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -3,8 +3,9 @@
     python experiments/experiments.py RUNS PHOTOS PAINTINGS
     python experiments/experiments.py [RUNS] --figures FOLDER
 
-The table has a row for each run below the folder RUNS. From the last row of its log.csv: pictures seen, losses, psnr,
-transfer, listens (train.py, validate). Measured here with its last.pt, at the size it was trained at:
+The table has a row for each run below the folder RUNS (of equal names, the newest). From the last row of its log.csv:
+pictures seen, losses, psnr, transfer, listens (train.py, validate). Measured here with its last.pt, at the size it was
+trained at:
 
     spread   deviation of the style codes over the first 100 of PAINTINGS, mean over dimensions, as infer.py --latents
     alive    dimensions in which that deviation is above .01
@@ -129,7 +130,7 @@ def row(name, folder, photos, paintings):
 @torch.no_grad()
 def small(model, size, photo, style):
     """The network's own small answer to a photo in the colors of a style, all PIL pictures."""
-    z = infer.encode(model, resize_short_side(style, size))
+    z = infer.encode(model, resize_short_side(style, size)) if model.config.use_style else None
     return to_picture(lab_to_gamut(infer.predict(model, gray_of(to_batch(crop_square(photo, size))), z))[0])
 
 
@@ -142,15 +143,16 @@ def draw_pictures(runs, folder):
     shown = [name for name in PICTURED if name in runs]
     cell, left = 68, 130
     page = Image.new("RGB", (left + 10 * cell, cell * (len(shown) + 1)), "white")
-    for k, photo in enumerate(("chelsea", "rocket")):
-        for i, style in enumerate([photo] + styles):
-            x = left + (5 * k + i) * cell
-            if i:
-                page.paste(crop_square(examples[style], 64), (x, 2))
-            for y, name in enumerate(shown, start=1):
-                picture = small(*load(runs[name]), examples[photo], examples[style])
-                page.paste(picture.resize((64, 64), Image.Resampling.NEAREST), (x, 2 + y * cell))
-                ImageDraw.Draw(page).text((4, 28 + y * cell), name, fill="black")
+    pairs = [(photo, style) for photo in ("chelsea", "rocket") for style in [photo] + styles]
+    for x, (photo, style) in enumerate(pairs):
+        if photo != style:
+            page.paste(crop_square(examples[style], 64), (left + x * cell, 2))
+    for y, name in enumerate(shown, start=1):
+        ImageDraw.Draw(page).text((4, 28 + y * cell), name, fill="black")
+        model, size = load(runs[name])
+        for x, (photo, style) in enumerate(pairs):
+            picture = small(model, size, examples[photo], examples[style])
+            page.paste(picture.resize((64, 64), Image.Resampling.NEAREST), (left + x * cell, 2 + y * cell))
     if shown:
         page.save(folder / "experiments.jpg", quality=90)
 
@@ -158,6 +160,8 @@ def draw_pictures(runs, folder):
     codes, skies = [], []
     for name in [name for name in CODES if name in runs]:
         model, size = load(runs[name])
+        if not model.config.use_style:
+            raise UserError("has no codes to draw", runs[name])
         z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in styles])
         codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
     for name in [name for name in CLOSEUPS if name in runs]:
@@ -181,14 +185,14 @@ def draw_logs(runs, folder):
         """Rows for infer.draw_curves. The pictures of a run that goes on with another's network are added to those."""
         before = 0
         for log in [read_log(logs[part]) for part in run.split("+") if part in logs]:
-            yield from ({"pictures": before + int(row["pictures"]), name: row[column]} for row in log)
+            yield from ({"pictures": before + int(row["pictures"]), name: row.get(column)} for row in log)
             before += int(log[-1]["pictures"]) if log else 0
     for figure, curves in CURVES.items():
         rows = [row for name, (run, column, _) in curves.items() for row in points(run, column, name)]
         if rows:
             colors = {name: color for name, (*_, color) in curves.items()}
             infer.draw_curves(rows, colors, "pictures").save(folder / f"{figure}.png")
-    rows = [{"numbers": n, f"transfer{seed}": row["val_transfer"]} for n, run in SIZES.items()
+    rows = [{"numbers": n, f"transfer{seed}": row.get("val_transfer")} for n, run in SIZES.items()
             for seed, log in (("", run), (", seed 1", f"{run}-seed1")) if log in logs
             for row in read_log(logs[log]) if row["pictures"] == AT]
     if rows:
@@ -205,7 +209,9 @@ def main():
     args = parser.parse_args()
     if not args.figures and not args.paintings:
         parser.error("give RUNS PHOTOS PAINTINGS, or --figures FOLDER")
-    found = sorted(args.runs.rglob("last.pt"), key=lambda p: p.stat().st_mtime) if args.runs else []
+    if args.figures and args.photos:
+        parser.error("--figures needs RUNS alone; without it the table is printed")
+    found = sorted(args.runs.resolve().rglob("last.pt"), key=lambda p: p.stat().st_mtime) if args.runs else []
     runs = {p.parent.name: p.parent for p in found if p.parent.name != "dry-run"}
     if args.runs and not runs:
         raise UserError("no runs here", args.runs)

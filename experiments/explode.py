@@ -2,9 +2,9 @@
 
     python experiments/explode.py RUN/last.pt PHOTOS
 
-s is a number of the style's code, o the same number of the result's code. The paper takes o as fixed. Then a step against
-the slope of (s - o)^2 makes the number larger if the mean of s (s - o) over many photos is negative, and smaller if it is
-positive. This counts both, with each photo's own style and with that of the photo before it.
+s is a number of the style's code, o the same number of the result's code. The paper takes o as fixed. Then a step
+against the slope of (s - o)^2 makes the number larger if the mean of s (s - o) over many photos is negative, and smaller
+if it is positive. This counts both, with each photo's own style and with that of the photo before it.
 """
 import argparse
 import sys
@@ -34,6 +34,8 @@ def main():
     parser.add_argument("photos")
     args = parser.parse_args()
     model, size = infer.load_model(args.checkpoint)
+    if not model.config.use_style:
+        raise UserError("this network follows no style", args.checkpoint)
     photos = [to_tensor(crop_square(open_picture(p), size)) for p in list_pictures(args.photos)[:100]]
     if not photos:
         raise UserError("no pictures here", args.photos)

@@ -12,7 +12,8 @@
     only-encoder  with gradient: that of the result's code ends at the result, so the U-Net gets none of it
 
 The arguments behind -- are those of train.py. The names go into variants.txt in the run's folder, because the
-checkpoint does not hold them: train.py and infer.py refuse one with relu or resize.
+checkpoint does not hold them: train.py and infer.py refuse one with relu or resize, and train.py --resume goes on with
+one of the others without its changes. So resume with variants.py, too.
 """
 import contextlib
 import functools
@@ -109,8 +110,8 @@ def use(names):
     train.Run.lock = lock_and_note
     train.Colorizer = infer.Colorizer = functools.partial(Variant, names=names) if names else Colorizer
     train.Photos = TurnedHues if "hues" in names else Photos
-    if "gradient" in names:
-        train.style_loss = functools.partial(style_loss_of_both, only_encoder="only-encoder" in names)
+    both = functools.partial(style_loss_of_both, only_encoder="only-encoder" in names)
+    train.style_loss = both if "gradient" in names else style_loss
     try:
         yield
     finally:
@@ -126,6 +127,8 @@ def main(argv=None):
     names = tuple(args.names.split(","))
     if not set(names) <= set(NAMES):
         parser.error(f"the variants are {', '.join(NAMES)}")
+    if "only-encoder" in names and "gradient" not in names:
+        parser.error("only-encoder says how far gradient goes: gradient,only-encoder")
     preset, given, _, dry_run = train.parse(args.arguments)
     folder = Path(given.get("output") or f"runs/{preset or 'final'}")
     if not dry_run and (folder / "last.pt").exists() and set(of_run(folder)) != set(names):

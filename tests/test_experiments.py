@@ -68,12 +68,18 @@ def test_table_and_figures_of_a_run(tmp_path, monkeypatch, capsys):
     assert {c for c, v in unet.items() if v == "-"} == {"transfer", "spread", "alive", "listens"}
     for name in ("own", "lpips-long-seed1"):  # both in experiments.jpg, one in codes.png, one in grid.png
         shutil.copytree(runs / "final", runs / "below" / name)
+        shutil.copytree(runs / "final", runs / "below" / name / "dry-run")
     monkeypatch.setattr("sys.argv", ["experiments.py", str(runs), "--figures", str(tmp_path / "f")])
     experiments.main()
     curves = {f"{name}.png" for name in (*experiments.CURVES, "latents")}  # from the logs that are kept
     assert {p.name for p in (tmp_path / "f").iterdir()} == {"experiments.jpg", "codes.png", "grid.png"} | curves
     assert Image.open(tmp_path / "f" / "experiments.jpg").size == (130 + 10 * 68, 3 * 68)
     assert Image.open(tmp_path / "f" / "codes.png").size == (840, 440)
+
+
+def test_the_curves_of_two_seeds_are_of_two_runs():
+    assert experiments.seeds("column", {"x": "run"}) == {"x": ("run", "column", "steelblue"),
+                                                         "x, seed 1": ("run-seed1", "column", "lightsteelblue")}
 
 
 def test_curves_are_over_pictures_and_a_run_goes_on_where_the_one_before_ended(tmp_path, monkeypatch):
@@ -206,6 +212,8 @@ def test_with_gradient_the_style_loss_moves_the_code_of_the_result_too():
     assert torch.equal(weight, same) and weight.abs().max() > 0
     assert torch.autograd.grad(encoder, out, allow_unused=True) == (None,)
     assert train.style_loss is variants.style_loss
+    with pytest.raises(SystemExit, match="2"):
+        variants.main(["only-encoder", "--", "--steps", "1"])
     plain = train.style_loss(model, gray, z, out)
     assert torch.equal(both, plain) and not plain.requires_grad
     # Along the gradient of the picture the loss changes by the square of that gradient's length.
@@ -230,6 +238,18 @@ def test_codes_grow_where_those_of_results_are_larger():
     s = rgb[:, :2].numpy().mean((2, 3))
     found = explode.slopes(Model(), rgb, rgb)
     np.testing.assert_allclose(found, (s ** 2).mean(0) * [.5, -1], rtol=1e-4)
+
+
+def test_explode_counts_the_signs(tmp_path, monkeypatch, capsys):
+    for i in range(3):
+        Image.new("RGB", (32, 32), (40 * i, 200, 90)).save(tmp_path / f"{i}.png")
+    own = torch.tensor([-1., 2, 3, -.1, 5])
+    monkeypatch.setattr(infer, "load_model", lambda _: (build(), 32))
+    monkeypatch.setattr(explode, "slopes", lambda _, rgb, style: own if torch.equal(rgb, style) else -own)
+    monkeypatch.setattr("sys.argv", ["explode.py", "last.pt", str(tmp_path)])
+    explode.main()
+    assert capsys.readouterr().out.splitlines() == ["its own style: 2 of 5 numbers grow, 3 shrink",
+                                                    "the style of another photo: 3 of 5 numbers grow, 2 shrink"]
 
 
 def test_variants_are_trained_saved_resumed_and_read_by_the_table(tmp_path, monkeypatch, capsys):

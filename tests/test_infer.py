@@ -599,7 +599,7 @@ def test_usage_errors_are_one_line_with_exit_code_2(place, arguments, words, cap
 
 
 @pytest.mark.parametrize("low, high, expected", [
-    (0, 2500, [0, 500, 1000, 1500, 2000, 2500]), (0, 100_000, [0, 20_000, 40_000, 60_000, 80_000, 100_000]),
+    (0, 9, [0, 2, 4, 6, 8]), (0, 2500, [0, 500, 1000, 1500, 2000, 2500]), (0, 100_000, [0, 20_000, 40_000, 60_000, 80_000, 100_000]),
     (.389, .7013, [.4, .5, .6, .7]), (.0493, .0907, [.05, .06, .07, .08, .09]), (0, 3, [0, 1, 2, 3]), (-1.5, 1.5, [-1, 0, 1])])
 def test_an_axis_has_round_numbers(low, high, expected):
     np.testing.assert_allclose(infer.round_numbers(low, high), expected, atol=1e-12)
