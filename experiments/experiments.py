@@ -3,9 +3,9 @@
     python experiments/experiments.py RUNS PHOTOS PAINTINGS
     python experiments/experiments.py [RUNS] --figures FOLDER
 
-The table has a row for each run below the folder RUNS (of equal names, the newest). From the last row of its log.csv:
-pictures seen, losses, psnr, transfer, listens (train.py, validate). Measured here with its last.pt, at the size it was
-trained at:
+The table has a row for each run in RUNS, or in a folder of RUNS (of equal names, the newest). From the last row of its
+log.csv: pictures seen, losses, psnr, transfer, listens (train.py, validate). Measured here with its last.pt, at the size
+it was trained at:
 
     spread   deviation of the style codes over the first 100 of PAINTINGS, mean over dimensions, as infer.py --latents
     alive    dimensions in which that deviation is above .01
@@ -211,8 +211,8 @@ def main():
         parser.error("give RUNS PHOTOS PAINTINGS, or --figures FOLDER")
     if args.figures and args.photos:
         parser.error("--figures needs RUNS alone; without it the table is printed")
-    found = sorted(args.runs.resolve().rglob("last.pt"), key=lambda p: p.stat().st_mtime) if args.runs else []
-    runs = {p.parent.name: p.parent for p in found if p.parent.name != "dry-run"}
+    found = [*args.runs.glob("*/last.pt"), *args.runs.glob("*/*/last.pt")] if args.runs else []
+    runs = {p.parent.name: p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime) if p.parent.name != "dry-run"}
     if args.runs and not runs:
         raise UserError("no runs here", args.runs)
     if args.figures:

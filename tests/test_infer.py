@@ -612,6 +612,8 @@ def test_a_curve_is_straight_on_its_axis(values, middle):
     rows += [{"pictures": 25, "a": 0}, {"pictures": 25, "a": ""}, {"pictures": 25, "b": "nan"}]     # left out
     page = np.asarray(infer.draw_curves(rows, {"a": "red", "b": "blue", "c": "lime"}, "pictures")).astype(int)
     assert page.shape == (400, 640, 3) and not (page == (0, 0, 255)).all(2).any()
+    for strip in (page[20:370, :58], page[370:382], page[382:]):                         # numbers on both axes, a name
+        assert (strip.max(2) < 160).any()
     y, x = np.nonzero((page == (255, 0, 0)).all(2)[20:370])
     centers = [np.array([x[near], y[near]]).mean(1) for near in (abs(x - 60 - 560 * k / 3) < 4 for k in (1, 2, 3))]
     np.testing.assert_allclose(centers[1], (centers[0] + centers[2]) / 2, atol=1)
