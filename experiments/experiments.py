@@ -60,7 +60,9 @@ LONGEST, PAPER = "final-long+final-longer", "paper-1+paper-2+paper"
 # {figure: {curve: (its run, a column of log.csv, color)}}. A + joins runs of which one goes on with the network of the
 # other.
 CURVES = {"unet": {"training": ("unet-long", "train_loss", "steelblue"),
-                   "validation": ("unet-long", "val_loss", "firebrick")},
+                   "training, seed 1": ("unet-long-seed1", "train_loss", "lightsteelblue"),
+                   "validation": ("unet-long", "val_loss", "firebrick"),
+                   "validation, seed 1": ("unet-long-seed1", "val_loss", "lightcoral")},
           "wide": seeds("val_transfer", {"authors' weights": "wide2000", "our weights": "collapsed2000"}),
           "combined": {name: ("combined-long", name, color) for name, color in SOLUTION.items()},
           "dual": {name: ("dual-long", name, color) for name, color in SOLUTION.items()},
@@ -212,7 +214,8 @@ def main():
     if args.figures and args.photos:
         parser.error("--figures needs RUNS alone; without it the table is printed")
     found = [*args.runs.glob("*/last.pt"), *args.runs.glob("*/*/last.pt")] if args.runs else []
-    runs = {p.parent.name: p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime) if p.parent.name != "dry-run"}
+    runs = {p.parent.name: p.parent for p in sorted(found, key=lambda p: p.stat().st_mtime)
+            if p.parent.name != "dry-run" and (p.parent / "log.csv").exists()}  # last.pt is written before the log
     if args.runs and not runs:
         raise UserError("no runs here", args.runs)
     if args.figures:
