@@ -183,6 +183,12 @@ def pair_loss(ab, lab, pixels=384):
     return (ratio.clamp(max=2) * enough).sum() / enough.sum().clamp(min=1)
 
 
+def code_of_result(model, gray, out):
+    """The style code (B, D) of a result, out (B, 3 or 2, H, W) as the network gives it."""
+    space = model.config.space
+    return model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space))
+
+
 def style_loss(model, gray, z, out):
     """Section 3.2, the attempt that failed: the code of the result should be the code z (B, D) of the style.
 
@@ -190,9 +196,8 @@ def style_loss(model, gray, z, out):
     loss, and nothing fixes the scale of its codes: with foreign styles they shrink to zero, with the photo's
     own they explode, but not with that gradient (experiments/README.md). Returns a scalar tensor.
     """
-    space = model.config.space
     with torch.no_grad():
-        result = model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space))
+        result = code_of_result(model, gray, out)
     return F.mse_loss(z.float(), result)
 
 

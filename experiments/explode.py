@@ -14,17 +14,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
-from data import (UserError, crop_square, gray_of, list_pictures, network_to_rgb, open_picture,  # noqa: E402
-                  rgb_to_network, run_program, to_tensor)
+from data import (UserError, crop_square, gray_of, list_pictures, open_picture, rgb_to_network,  # noqa: E402
+                  run_program, to_tensor)
+from losses import code_of_result  # noqa: E402
 
 
 @torch.no_grad()
 def slopes(model, rgb, style):
     """The mean of s (s - o) over photos, for each number of the code: (D,). rgb, style: (N, 3, S, S) in [0, 1]."""
-    gray, space = gray_of(rgb), model.config.space
-    s = model.encode_style(rgb_to_network(style, space))                        # (N, D)
-    result = network_to_rgb(model.colorize(gray, s), gray, space).clamp(0, 1)
-    o = model.encode_style(rgb_to_network(result, space))                       # (N, D)
+    gray = gray_of(rgb)
+    s = model.encode_style(rgb_to_network(style, model.config.space))           # (N, D)
+    o = code_of_result(model, gray, model.colorize(gray, s))                    # (N, D)
     return (s * (s - o)).mean(0)
 
 

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 import train  # noqa: E402
-from data import (Parser, Photos, UserError, lab_to_gamut, network_to_rgb, rgb_to_lab, rgb_to_network,  # noqa: E402
-                  run_program, save_atomically)
-from losses import style_loss  # noqa: E402
+from data import (Parser, Photos, UserError, lab_to_gamut, rgb_to_lab, run_program,  # noqa: E402
+                  save_atomically)
+from losses import code_of_result, style_loss  # noqa: E402
 from model import Colorizer  # noqa: E402
 
 NAMES, FILE = ("relu", "scales", "encoder", "resize", "hues", "gradient", "only-encoder"), "variants.txt"
@@ -85,8 +85,7 @@ class TurnedHues(Photos):
 
 def style_loss_of_both(model, gray, z, out, only_encoder):
     """losses.style_loss, with the gradient of the result's code, too."""
-    space, out = model.config.space, out.detach() if only_encoder else out
-    return F.mse_loss(z, model.encode_style(rgb_to_network(network_to_rgb(out, gray, space).clamp(0, 1), space)))
+    return F.mse_loss(z.float(), code_of_result(model, gray, out.detach() if only_encoder else out))
 
 
 def of_run(folder):
