@@ -274,7 +274,7 @@ def test_more_workers_than_cores_bring_no_warning(tmp_path, cores):
             os.sched_setaffinity(0, {min(before)})
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            go(*TINY, "--steps", 1, "--workers", 64 if cores == "all" else 2, "--output", tmp_path / "run")
+            go(*TINY, "--steps", 1, "--workers", os.cpu_count() + 1 if cores == "all" else 2, "--output", tmp_path / "run")
     finally:
         if cores == "one":
             os.sched_setaffinity(0, before)
