@@ -414,10 +414,10 @@ def train(preset, given, resume, dry_run):
         run.lock()  # a folder that cannot be written shows now, and not after an hour
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: only slower
     loading = dict(num_workers=s.workers, worker_init_fn=ignore_signals, pin_memory=device.type == "cuda")
-    loader = iter(DataLoader(photos, batch_sampler=order, **loading))
+    loader = iter(Loader(photos, batch_sampler=order, **loading))
     # (Always 16: the foreign styles come from the same batch, and other batches would be other pairs.)
-    val_loader = DataLoader(Photos(validation, s.size, s.seed, False), batch_size=16,
-                            sampler=[(0, i) for i in range(len(validation))], **loading)  # (epoch, index)
+    val_loader = Loader(Photos(validation, s.size, s.seed, False), batch_size=16,
+                        sampler=[(0, i) for i in range(len(validation))], **loading)  # (epoch, index)
     return loop(run, model, recipe, optimizers, loader, val_loader, processes, stop)
 
 
@@ -792,6 +792,22 @@ def ignore_signals(_):
     """In a loading process: signals often go to the whole group; the main process alone answers them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class Loader(DataLoader):
+    """A DataLoader whose processes ignore signals from their first moment on.
+
+    ignore_signals alone comes late: torch first lets SIGTERM end the process, and the run would end with it.
+    A process inherits which signals are blocked, so they are blocked while the processes start.
+    """
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows, where no SIGTERM goes to a group
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def main(argv=None):
