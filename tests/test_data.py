@@ -5,10 +5,6 @@ What files of every kind do to the program is in robustness/test_files.py.
 import math
 import os
 import pickle
-import struct
-import subprocess
-import sys
-import zlib
 from itertools import islice
 
 import numpy as np
@@ -41,14 +37,6 @@ def link(path, target):
         path.symlink_to(target, target_is_directory=os.path.isdir(target))
     except OSError:
         pytest.skip("this system does not let us make links")
-
-
-def png_header(width, height):
-    """A PNG of almost no bytes that claims to be huge; 1 bit a pixel."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b""))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks)
 
 
 # ---- color: lists of colors are numpy arrays (3, N), as in oracle.py --------------------------------------
@@ -314,18 +302,6 @@ def test_synthetic_data_are_numbers_that_training_and_validation_do_not_share(si
     assert (len(set(train)), len(set(val))) == found and not set(train) & set(val)
 
 
-def test_drop_gray_and_broken_counts_what_can_be_used_and_decodes_no_bomb(tmp_path):
-    """In a process of its own, so that no setting of Pillow's that another test has touched can help."""
-    paint(tmp_path / "red.png")
-    paint(tmp_path / "gray.png", (90, 90, 90))
-    (tmp_path / "bomb.png").write_bytes(png_header(12_000, 12_000))
-    code = "import sys, data; print(len(data.drop_gray_and_broken(data.list_pictures(sys.argv[1]), 100)))"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=os.path.dirname(data.__file__),
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, "1")
-    assert "bomb.png: " in done.stderr and "128 megapixels" in done.stderr and "left out 1 gray" in done.stderr
-
-
 # ---- crops and items --------------------------------------------------------------------------------------
 
 def disc(size, radius):
@@ -516,16 +492,6 @@ def test_the_number_of_workers_and_a_restart_change_nothing(tmp_path):
 def test_photos_can_be_pickled(tmp_path):
     photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="other")
     assert same(pickle.loads(pickle.dumps(photos))[1, 2], photos[1, 2])
-
-
-def test_a_spawned_worker_loads_the_same_items(tmp_path):
-    """Windows and macOS start processes so: the data set travels pickled into a fresh interpreter."""
-    photos = Photos(some_photos(tmp_path), 8, 3, True, style_from="other")
-
-    def first(**workers):
-        return next(iter(DataLoader(photos, batch_sampler=data.batch_order(4, 4, 3, 0), **workers)))
-
-    assert same(first(num_workers=1, multiprocessing_context="spawn"), first())
 
 
 # ---- drawn scenes -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import io
 import itertools
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -36,17 +37,25 @@ def network(path, **config):
     return path
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A folder with a network, two photos (one gray, one in color) and two styles; made once, as it takes a while."""
+    folder = tmp_path_factory.mktemp("prepared")
+    network(folder / "net.pt")
+    for name in ("photos", "styles"):
+        (folder / name).mkdir()
+    draw_scene(1).resize((90, 61)).convert("L").save(folder / "photos/gray.png")
+    draw_scene(2).resize((33, 50)).save(folder / "photos/color.JPG", quality=95)
+    draw_scene(3).save(folder / "styles/a.png")
+    draw_scene(4).save(folder / "styles/b.webp")
+    return folder
+
+
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder to work in, with a network, two photos (one gray, one in color) and two styles."""
+def place(prepared, tmp_path, monkeypatch):
+    """A copy of that folder to work in."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    network("net.pt")
-    for folder in ("photos", "styles"):
-        os.mkdir(folder)
-    draw_scene(1).resize((90, 61)).convert("L").save("photos/gray.png")
-    draw_scene(2).resize((33, 50)).save("photos/color.JPG", quality=95)
-    draw_scene(3).save("styles/a.png")
-    draw_scene(4).save("styles/b.webp")
     return tmp_path
 
 
@@ -95,10 +104,10 @@ def test_of_a_color_photo_only_the_lightness_is_used(place):
     assert (pixels("color_a.png") - pixels("gray_version_a.png")).abs().max() < 5 / 255
 
 
-@pytest.mark.parametrize("pixels_at_a_time", [5 * 192, 100, 7], ids=["rows", "parts of rows", "a few pixels"])
+@pytest.mark.parametrize("pixels_at_a_time", [5 * 96, 50, 7], ids=["rows", "parts of rows", "a few pixels"])
 def test_tiles_do_not_show(pixels_at_a_time, monkeypatch):
-    photo = draw_scene(1).crop((0, 0, 192, 40))
-    lab = 40 * torch.randn(1, 3, 13, 50, generator=torch.Generator().manual_seed(0))
+    photo = draw_scene(1).crop((0, 0, 96, 20))
+    lab = 40 * torch.randn(1, 3, 7, 25, generator=torch.Generator().manual_seed(0))
     whole = infer.join(photo, lab)
     monkeypatch.setattr(infer, "TILE_PIXELS", pixels_at_a_time)
     tiles = infer.join(photo, lab)
@@ -560,15 +569,20 @@ def test_weights_paper_is_the_shipped_network_of_the_paper(place, monkeypatch):
 ])
 def test_failures_are_one_line_with_exit_code_1_and_leave_nothing_behind(place, arguments, words, capsys):
     os.mkdir("empty")
-    good = torch.load("net.pt", weights_only=True)
-    Path("torn.pt").write_bytes(Path("net.pt").read_bytes()[:5000])
-    with zipfile.ZipFile("net.pt") as loose, zipfile.ZipFile("packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
-        for name in loose.namelist():
-            packed.writestr(name, loose.read(name))
-    torch.save({**good, "format": infer.FORMAT + 1}, "new.pt")
-    torch.save({**good, "model": {**good["model"], "width": 10**6}}, "huge.pt")
-    torch.save({**good, "model": {**good["model"], "width": 5}}, "shapes.pt")
-    network("plain.pt", use_style=False)
+
+    def pack(path):
+        with zipfile.ZipFile("net.pt") as loose, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for name in loose.namelist():
+                packed.writestr(name, loose.read(name))
+
+    def change(path, form=infer.FORMAT, **model):
+        good = torch.load("net.pt", weights_only=True)
+        torch.save({**good, "format": form, "model": {**good["model"], **model}}, path)
+    bad = {"torn.pt": lambda path: Path(path).write_bytes(Path("net.pt").read_bytes()[:5000]), "packed.pt": pack,
+           "new.pt": lambda path: change(path, infer.FORMAT + 1), "huge.pt": lambda path: change(path, width=10 ** 6),
+           "shapes.pt": lambda path: change(path, width=5), "plain.pt": lambda path: network(path, use_style=False)}
+    for name in bad.keys() & set(arguments.split()):
+        bad[name](name)
     before = sorted(Path().rglob("*"))
     code, err = outcome("--weights", "net.pt", *arguments.split(), capsys=capsys)
     assert code == 1 and err.count("\n") == 1 and words in err and "free some space" not in err
@@ -593,7 +607,7 @@ def test_failures_are_one_line_with_exit_code_1_and_leave_nothing_behind(place, 
     ("photos/gray.png styles/a.png --qqqq", "--qqqq"),
     ("photos/gray.png styles/a.png --size many", "--size"),
     ("photos/gray.png styles/a.png --devise\x1b[31m x", "--devise")])
-def test_usage_errors_are_one_line_with_exit_code_2(place, arguments, words, capsys):
+def test_usage_errors_are_one_line_with_exit_code_2(arguments, words, capsys):
     code, text = outcome(*arguments.split(), capsys=capsys)
     assert code == 2 and text.count("\n") == 1 and words in text and "usage:" not in text and "\x1b" not in text
 
@@ -720,7 +734,10 @@ def test_the_shipped_network_answers_a_gray_style_with_a_gray_picture():
 
 
 def test_refining_stays_near_the_palette_and_makes_the_sky_smoother(monkeypatch):
-    """Three photos with four styles, by the pictures that are shown and all of their pixels."""
+    """Two photos with four styles, by the pictures that are shown and all of their pixels; and a sky.
+
+    A sky of one color cannot have the style's palette, so only the cat and the cup are asked for it.
+    """
     model, size = infer.load_model(infer.OURS)
     transfers, deviations = [], []
     for name, other in itertools.product(["chelsea", "coffee", "rocket"], ["style", "garden", "harvest", "checks"]):
@@ -729,17 +746,18 @@ def test_refining_stays_near_the_palette_and_makes_the_sky_smoother(monkeypatch)
         gray = gray_of(to_tensor(photo)[None] / 255)
         [(_, z, palettes)] = infer.make_looks([(other, style, infer.encode(model, style))])
         labs = [infer.color(model, gray, z, palettes, amount) for amount in (0., infer.REFINE)]
-        with monkeypatch.context() as still:  # refined, but nothing is moved
-            still.setattr(infer, "move", lambda ab, source, palettes: ab)
-            labs.append(infer.color(model, gray, z, palettes, infer.REFINE))
+        if name != "rocket":
+            with monkeypatch.context() as still:  # refined, but nothing is moved
+                still.setattr(infer, "move", lambda ab, source, palettes: ab)
+                labs.append(infer.color(model, gray, z, palettes, infer.REFINE))
         shown = torch.cat([to_tensor(infer.join(photo, lab))[None] / 255 for lab in labs])
-        W, W_gray = palette_distances(shown, style.expand(3, -1, -1, -1))
-        transfers.append(1 - W / W_gray)
         if name == "rocket":  # its sky, left of the tower
-            deviations.append(rgb_to_lab(shown[:2])[:, 1:, 5:75, 5:50].flatten(2).std(2).norm(dim=1))
-    # The rocket's picture is nearly all sky. A sky of one color cannot have the style's palette: so only the
-    # cat and the cup are asked for it. One color for one thing costs them some of it; moving wins it back.
-    before, after, unmoved = torch.stack(transfers)[:8].T
+            deviations.append(rgb_to_lab(shown)[:, 1:, 5:75, 5:50].flatten(2).std(2).norm(dim=1))
+        else:
+            W, W_gray = palette_distances(shown, style.expand(3, -1, -1, -1))
+            transfers.append(1 - W / W_gray)
+    # One color for one thing costs the cat and the cup some of the palette; moving wins it back.
+    before, after, unmoved = torch.stack(transfers).T
     assert (after > unmoved).all() and after.mean() > unmoved.mean() + .1
     assert after.mean() > before.mean() > .7 and after.min() > .65 and (before - after).max() < .12
     before, after = torch.stack(deviations).T

@@ -237,10 +237,6 @@ def test_parameter_count_of_each_preset(preset):
     assert counted == count_by_hand(s.width, s.latent, s.use_style, {"rgb": 3, "lab": 2}[s.space]) == PINNED[preset]
 
 
-def test_the_default_model_is_the_final_one_of_the_paper():
-    assert sum(p.numel() for p in Colorizer().parameters()) - 3 == 3_513_635
-
-
 # ---- the network, written out in numpy --------------------------------------------------------------------
 
 def transposed(x, weight, bias):
@@ -392,20 +388,6 @@ def test_forward_is_encode_style_then_colorize_and_one_code_may_serve_all(config
         assert torch.equal(model.colorize(gray, z), out)
         np.testing.assert_allclose(model.colorize(gray, z[:1]), model.colorize(gray, z[:1].repeat(2, 1)), atol=1e-5)
         assert (model.colorize(gray, z.flip(0)) - out).abs().max() > .01
-
-
-@pytest.mark.parametrize("level", range(9))
-def test_every_adain_layer_listens_to_the_code(level):
-    model = build()
-    gray, style = pictures(model, 1)
-    with torch.no_grad():
-        z = model.encode_style(style)
-        for i, layer in enumerate(model.adain):
-            if i != level:
-                layer.affine.weight.zero_()  # all others are deaf now
-        assert (model.colorize(gray, z + 1) - model.colorize(gray, z)).abs().max() > 1e-4
-        model.adain[level].affine.weight.zero_()
-        assert torch.equal(model.colorize(gray, z + 1), model.colorize(gray, z))
 
 
 def test_dropout_is_active_in_training_only():

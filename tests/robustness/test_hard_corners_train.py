@@ -2,7 +2,7 @@
 
 Whatever may hang runs as a process of its own with a limit of time; a program that waits for ever fails here.
 """
-import errno
+import copy
 import os
 import re
 import shutil
@@ -19,9 +19,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import train
-from data import UserError, draw_scene, save_atomically
+from data import UserError, draw_scene
 from losses import make_trunk
 from test_infer import outcome
 from test_train import LIMIT, TINY, TOP, assert_same, command, go, log, saved, signals_stay_with_pytest, wait_for  # noqa: F401
@@ -108,30 +107,16 @@ def test_a_picture_that_vanishes_or_breaks_is_skipped_and_a_second_run_in_the_fo
     assert all(used[2].name in line or used[5].name in line for line in lines)
 
 
-def test_for_a_picture_that_is_gone_the_next_one_is_taken_in_every_epoch(album, capsys):
-    """The choice is a function of the index: it does not depend on the loader or the moment."""
-    paths = sorted(album.iterdir())
-    photos = data.Photos(paths, 32, 0, train=True)
-    paths[3].unlink()
-    for epoch in (0, 1):
-        alone = data.Photos(paths[:3] + paths[4:5] + paths[4:], 32, 0, train=True)[epoch, 3]
-        assert all(torch.equal(a, b) for a, b in zip(photos[epoch, 3], alone))
-    assert capsys.readouterr().err.count("\n") == 2
-
-
 @POSIX
 def test_a_data_folder_that_vanishes_ends_the_run_with_one_line(tmp_path, album):
     process = command(*TINY, "--data", album, *LONG, tmp_path / "run", "--workers", 1, start_new_session=True)
     wait_for(tmp_path / "run" / "last.pt", process)
-    photos = data.Photos(sorted(album.iterdir()), 32, 0, train=True)
     shutil.rmtree(album)
     code, _, err = end(process)
     assert code == 1 and "Traceback" not in err, err
     last = [line for line in err.splitlines() if not line.endswith("the next picture is taken")]
     assert len(last) == 1 and "ten pictures in a row" in last[0]
     assert finite(tmp_path / "run" / "last.pt")
-    with pytest.raises(UserError, match="ten pictures in a row"):                      # the same without loaders
-        photos[0, 0]
 
 
 @LINUX
@@ -180,15 +165,14 @@ def test_an_exception_that_nobody_foresaw_ends_the_program(tmp_path):
     assert code == 1 and "KeyError" in err
 
 
-@POSIX
 def test_a_learning_rate_that_breaks_the_network_ends_the_run_and_is_never_saved(tmp_path):
     run = tmp_path / "run"
-    code, _, err = end(command(*TINY, *LONG, run, "--lr", "1e9", "--val-every", 1, start_new_session=True))
-    assert code == 1 and "try a lower --lr (now 1e+09)" in message(err)
+    with pytest.raises(UserError, match=r"try a lower --lr \(now 1e\+09\)") as caught:
+        go(*TINY, "--steps", 1000, "--lr", "1e9", "--val-every", 1, "--output", run)
     for name in ("best.pt", "last.pt"):
         assert not (run / name).exists() or finite(run / name)
-    if "is kept" in err:
-        assert saved(run)["step"] == int(re.search(r"last.pt of step (\d+)", err)[1])
+    if kept := re.search(r"last.pt of step (\d+) is kept", str(caught.value)):
+        assert saved(run)["step"] == int(kept[1])
     else:
         assert not (run / "last.pt").exists()
 
@@ -212,16 +196,15 @@ def test_nan_weights_are_not_saved_even_when_the_losses_looked_well(tmp_path, mo
 
 
 @POSIX
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["as Ctrl-C with | tee", "a closed terminal"])
-def test_a_stop_saves_also_when_nobody_reads_the_output_any_more(tmp_path, number):
+def test_a_closed_terminal_saves_though_nobody_reads_the_output_any_more(tmp_path):
     run = tmp_path / "run"
-    before = signal.signal(number, signal.SIG_DFL)  # under nohup, or in the background of a shell, it is ignored
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
     process = command(*TINY, *LONG, run, "--val-every", 100_000)
-    signal.signal(number, before)
+    signal.signal(signal.SIGHUP, before)
     until((run / ".lock").exists, process)
     time.sleep(1)
     process.stdout.close()
-    process.send_signal(number)
+    process.send_signal(signal.SIGHUP)
     process.wait(LIMIT)
     assert saved(run)["step"] >= 1 and list((run / "samples").glob("*.png"))
     process.stderr.close()
@@ -230,7 +213,7 @@ def test_a_stop_saves_also_when_nobody_reads_the_output_any_more(tmp_path, numbe
 @LINUX
 def test_sigterm_to_the_group_during_validation_saves_the_step_in_hand(tmp_path):
     run = tmp_path / "run"
-    process = command(*TINY, *LONG, run, "--val-every", 1, "--val-size", 250, start_new_session=True)
+    process = command(*TINY, *LONG, run, "--val-every", 2, "--val-size", 120, start_new_session=True)
     until(lambda: len(children(process.pid)) == 4, process)                            # those of the validation as well
     time.sleep(.1)
     os.killpg(process.pid, signal.SIGTERM)
@@ -243,11 +226,19 @@ def test_sigterm_to_the_group_during_validation_saves_the_step_in_hand(tmp_path)
 def test_a_signal_to_the_group_while_the_loaders_start_ends_in_order(tmp_path):
     run = tmp_path / "run"
     process = command(*TINY, *LONG, run, start_new_session=True)
-    wait_for(run / "loss.png", process)                                                # the last thing before the loaders
+    until((run / ".lock").exists, process)                                             # the last thing before the loaders
     os.killpg(process.pid, signal.SIGTERM)
     code, out, err = end(process)
     assert code == 130 and "Traceback" not in err and "stopped at step" in out, (out, err)
     assert saved(run)["step"] >= 1
+
+
+@POSIX
+def test_a_loader_that_gets_a_signal_while_it_starts_lives_on():
+    """As soon as torch has prepared the process for SIGTERM, and before it ignores it."""
+    loader = train.Loader([1, 2, 3], num_workers=1, worker_init_fn=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    assert torch.cat(list(loader)).tolist() == [1, 2, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()                       # the main process hears them again
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -264,20 +255,17 @@ def test_loaders_also_work_where_they_are_spawned(tmp_path):
     assert_same(saved(tmp_path / "spawned")["weights"], saved(tmp_path / "plain")["weights"])
 
 
-@pytest.mark.parametrize("cores", ["all", "one"])
-def test_more_workers_than_cores_bring_no_warning(tmp_path, cores):
-    if cores == "one" and not hasattr(os, "sched_setaffinity"):
-        pytest.skip("this system does not bind processes to cores")
-    before = os.sched_getaffinity(0) if cores == "one" else None
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_more_workers_than_cores_bring_no_warning(tmp_path):
+    """Two of them on one core: to this job schedulers bind a process."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
     try:
-        if cores == "one":  # as job schedulers do
-            os.sched_setaffinity(0, {min(before)})
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            go(*TINY, "--steps", 1, "--workers", os.cpu_count() + 1 if cores == "all" else 2, "--output", tmp_path / "run")
+            go(*TINY, "--steps", 1, "--workers", 2, "--output", tmp_path / "run")
     finally:
-        if cores == "one":
-            os.sched_setaffinity(0, before)
+        os.sched_setaffinity(0, before)
     assert saved(tmp_path / "run")["step"] == 1
 
 
@@ -333,17 +321,15 @@ def test_a_full_disk_behind_the_output_ends_the_run_with_one_line(tmp_path):
 def test_closed_streams_do_not_matter(tmp_path):
     shell = ["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, str(TOP / "train.py"), *TINY, "--steps", "1",
              "--workers", "1", "--output", str(tmp_path / "run")]
-    done = subprocess.run(shell, capture_output=True, text=True, env=ENVIRONMENT, timeout=LIMIT)
-    assert done.returncode == 0 and done.stderr == "", done
+    assert subprocess.run(shell, env=ENVIRONMENT, timeout=LIMIT).returncode == 0
     assert saved(tmp_path / "run")["step"] == 1 and log(tmp_path / "run")
 
 
 @POSIX
-@pytest.mark.parametrize("program", ["infer.py", "train.py"])
 @pytest.mark.parametrize("module", ["numpy", "torch"])
-def test_ctrl_c_while_the_modules_load_gives_no_traceback(program, module):
-    """The signal comes right after that module: python tells each import as it ends."""
-    process = subprocess.Popen([sys.executable, "-X", "importtime", str(TOP / program), "--help"], stdout=subprocess.PIPE,
+def test_ctrl_c_while_the_modules_load_gives_no_traceback(module):
+    """The signal comes right after that module: python tells each import as it ends. (train.py imports infer first.)"""
+    process = subprocess.Popen([sys.executable, "-X", "importtime", str(TOP / "infer.py"), "--help"], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     rest = ""
     for line in process.stderr:
@@ -356,30 +342,6 @@ def test_ctrl_c_while_the_modules_load_gives_no_traceback(program, module):
 
 
 # ---- the disk and its names -------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("number, words, advice", [
-    (errno.ENOSPC, "No space left", True), (errno.EDQUOT, "", True), (errno.EACCES, "Permission denied", False),
-    (errno.EROFS, "Read-only", False)])
-def test_only_a_full_disk_is_told_to_be_full(tmp_path, number, words, advice):
-    def write(part):
-        part.write_bytes(b"half")
-        raise OSError(number, os.strerror(number))
-    (tmp_path / "x.pt").write_bytes(b"good")
-    with pytest.raises(UserError) as caught:
-        save_atomically(tmp_path / "x.pt", write)
-    assert words in str(caught.value) and ("free some space" in str(caught.value)) == advice
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("x.pt", b"good")]
-
-
-@POSIX
-def test_a_link_with_the_name_of_a_temporary_file_is_not_written_through(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "victim").write_bytes(b"mine")
-    for name in ("last.pt", "best.pt", "log.csv"):
-        os.symlink(tmp_path / "victim", tmp_path / "run" / f".part-{name}")
-    go(*TINY, "--steps", 1, "--output", tmp_path / "run")
-    assert (tmp_path / "victim").read_bytes() == b"mine" and saved(tmp_path / "run")["step"] == 1
-
 
 @pytest.mark.parametrize("name", ["x" * 300, "/".join(["x" * 200] * 30)], ids=["a name too long", "a path too long"])
 @pytest.mark.parametrize("option", ["--output", "--init", "--data", "--lpips-weights"])
@@ -422,9 +384,9 @@ def test_folders_without_permission_are_one_line(capsys):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two steps, as a dictionary."""
+    """A run of two steps, as a dictionary; without the style encoder, which has most of the weights."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    go(*TINY, "--steps", 2, "--output", run)
+    go(*TINY, "--no-use-style", "--steps", 2, "--output", run)
     return saved(run)
 
 
@@ -475,14 +437,12 @@ ALTERED = {
     "two optimizers": lambda c: c["optimizers"].append(c["optimizers"][0]),
     "an optimizer without groups": lambda c: c["optimizers"][0].pop("param_groups"),
     "an optimizer without state": lambda c: c["optimizers"][0].pop("state"),
-    "an optimizer of fewer weights": lambda c: c["optimizers"][0]["param_groups"][0]["params"].pop(),
     "an average of another shape": state("exp_avg", lambda t: torch.zeros(3)),
     "an average of one number": state("exp_avg", lambda t: torch.zeros(())),
     "an average of text": state("exp_avg", lambda t: "SECRET"), "a sparse average": state("exp_avg", lambda t: t.to_sparse()),
     "an average of integers": state("exp_avg", lambda t: t.int()), "an average of nan": state("exp_avg", lambda t: t * torch.nan),
     "no second average": lambda c: c["optimizers"][0]["state"][0].pop("exp_avg_sq"),
     "betas of text": lambda c: c["optimizers"][0]["param_groups"][0].update(betas=("SECRET", 1)),
-    "amsgrad": lambda c: c["optimizers"][0]["param_groups"][0].update(amsgrad=True),
     "a weight of nan": lambda c: c["weights"]["head.bias"].fill_(float("nan")), "no weights": without("weights"),
     "one weight less": lambda c: c["weights"].pop("head.bias"), "format a list": change(format=[1]),
     "format 1": lambda c: c.update(format=1, settings={"color": "rgb", "style": True, "size": 32, "relu": False}),
@@ -490,42 +450,24 @@ ALTERED = {
 
 
 # What is not needed may also be passed over, as long as the run goes on well.
-EITHER = ["an optimizer without groups", "an optimizer of fewer weights", "an average of integers", "betas of text", "amsgrad"]
-
-
-def copy(tree):
-    if isinstance(tree, dict):
-        return {k: copy(v) for k, v in tree.items()}
-    return [copy(v) for v in tree] if isinstance(tree, list) else tree.clone() if isinstance(tree, torch.Tensor) else tree
+EITHER = ["an optimizer without groups", "an average of integers", "betas of text"]
 
 
 @pytest.mark.parametrize("name", ALTERED)
 def test_an_altered_checkpoint_is_not_resumed_and_told_in_one_line(tmp_path, capsys, finished, name):
-    checkpoint = copy(finished)
+    checkpoint = copy.deepcopy(finished)
     ALTERED[name](checkpoint)
     run = tmp_path / "run"
     run.mkdir()
     torch.save(checkpoint, run / "last.pt")
     before = (run / "last.pt").read_bytes()
-    code, text = outcome("--resume", "--steps", 4, "--output", run, program=train, capsys=capsys)
+    code, text = outcome("--resume", "--steps", 3, "--output", run, program=train, capsys=capsys)
     lines = [line for line in text.splitlines() if not line.startswith(("other settings", "final:"))]
     if name in EITHER and code == 0:
-        assert saved(run)["step"] == 4 and finite(run / "last.pt")
+        assert saved(run)["step"] == 3 and finite(run / "last.pt")
         return
     assert code == 1 and len(lines) == 1 and str(run) in lines[0] and "SECRET" not in text, text
     assert (run / "last.pt").read_bytes() == before and not (run / "best.pt").exists()
-
-
-def test_settings_that_do_not_go_with_those_of_the_run_are_one_line(tmp_path, capsys):
-    """Each of both is fine, together they are not: the run has no LPIPS, and now it shall have no MSE either."""
-    run = tmp_path / "run"
-    go(*TINY, "--steps", 1, "--output", run)
-    plain = tmp_path / "plain"
-    go(*TINY, "--preset", "unet", "--steps", 1, "--output", plain)
-    capsys.readouterr()
-    for folder, more, words in [(run, ["--mse", 0], "mse"), (plain, ["--style-loss", "dual"], "style encoder")]:
-        code, text = outcome("--resume", "--steps", 2, "--output", folder, *more, program=train, capsys=capsys)
-        assert code in (1, 2) and words in message(text)
 
 
 def test_a_changed_weight_decay_is_the_one_that_counts_after_a_resume(tmp_path):

@@ -12,7 +12,6 @@ import os
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from PIL import Image, ImageCms
 
 import data
 from data import draw_scene
+from test_files import png_header
 from test_infer import network
 
 TOP = Path(data.__file__).parent
@@ -27,13 +27,6 @@ MODES = ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", 
 ON_THE_WAY = {"La": "LA", "RGBa": "RGBA", "PA": "P", "I;16": "L"}  # Pillow converts to these from there only
 UNREADABLE = ["PDF"]  # Pillow writes it, but does not read it
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of formats that Pillow will drop
-
-
-def png_header(width, height):
-    """A PNG of almost no bytes that claims to be huge; 1 bit a pixel."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b""))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
 
 
 def encoded(picture, kind, **options):
