@@ -133,8 +133,6 @@ def training_step(which, net="alex"):
             return package(a, b, normalize=True)
     else:
         lpips = LPIPS(net, seeded_trunk(net)).to(memory_format=torch.channels_last)
-        if which == "channels_last":
-            model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def call():
@@ -149,7 +147,7 @@ def training_step(which, net="alex"):
 
 def bench_step(args):
     print("| step | seconds | times as fast |\n|---|---|---|")
-    candidates = {which: training_step(which) for which in ("plain", "channels_last", "ours")}
+    candidates = {which: training_step(which) for which in ("plain", "ours")}
     for which, (seconds, ratio) in in_turn(candidates, args.rounds).items():
         print(f"| {which} | {seconds:.3f} | {ratio:.2f} |", flush=True)
 
@@ -187,9 +185,9 @@ def bench_gpu(args):
     import train
     if not torch.cuda.is_available():
         raise UserError("gpu needs a CUDA card")
-    device = torch.device("cuda")
-    torch.cuda.set_per_process_memory_fraction(args.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory)
-    print("| preset | size | batch | LPIPS trunk | --amp | peak in use, MB | peak taken, MB |\n"
+    device = train.pick_device("cuda")
+    torch.cuda.set_per_process_memory_fraction(min(1, args.limit * 1e9 / torch.cuda.get_device_properties(0).total_memory))
+    print("| preset | size | batch | LPIPS trunk | --amp | in use by tensors, MB | reserved by torch, MB |\n"
           + "|---" * 7 + "|")
     with tempfile.TemporaryDirectory() as folder:
         for net in ("alex", "vgg"):
@@ -223,7 +221,8 @@ def bench_infer(args):
           + "|---" * 5 + "|")
     with tempfile.TemporaryDirectory() as folder:
         def infer(photos, *more):
-            return peak(TOP / "infer.py", photos, TOP / "examples" / "style.jpg", "--output", folder + "/out/", *more)
+            return peak(TOP / "infer.py", photos, TOP / "examples" / "style.jpg", "--device", "cpu", "--output",
+                        folder + "/out/", *more)
         small = None
         for width, height in [(640, 480), (4000, 3000), (8000, 6000)]:
             path = f"{folder}/{width}.jpg"

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 TOP = Path(__file__).parents[1]
 sys.path.insert(0, str(TOP))
 import infer  # noqa: E402
-from data import crop_square, gray_of, open_picture, resize_short_side, run_program  # noqa: E402
+from data import gray_of, open_picture, resize_short_side, run_program  # noqa: E402
 
 PHOTOS, STYLES = ["chelsea", "coffee", "rocket", "gray"], ["style", "garden", "harvest", "checks"]
 GAP, LINE = 4, 20  # pixels between pictures; height of a caption
@@ -23,9 +23,9 @@ GAP, LINE = 4, 20  # pixels between pictures; height of a caption
 def strip(cells, side=220):
     """(caption, picture) pairs in a row: the centre square of each picture, its caption below."""
     page = Image.new("RGB", (len(cells) * (side + GAP) + GAP, side + GAP + LINE), "white")
+    page.paste(infer.sheet([[picture for _, picture in cells]], side))
     pen = ImageDraw.Draw(page)
-    for i, (caption, picture) in enumerate(cells):
-        page.paste(crop_square(picture, side), (GAP + i * (side + GAP), GAP))
+    for i, (caption, _) in enumerate(cells):
         pen.text((2 * GAP + i * (side + GAP), side + 2 * GAP), caption, fill="black")
     return page
 
@@ -33,13 +33,10 @@ def strip(cells, side=220):
 def columns(captions, rows, side=140):
     """Rows of pictures (or None) under one line of captions: the centre square of each picture."""
     page = Image.new("RGB", (len(captions) * (side + GAP) + GAP, LINE + len(rows) * (side + GAP)), "white")
+    page.paste(infer.sheet(rows, side), (0, LINE - GAP))
     pen = ImageDraw.Draw(page)
     for i, caption in enumerate(captions):
-        x = GAP + i * (side + GAP)
-        pen.text((x, GAP), caption, fill="black")
-        for j, row in enumerate(rows):
-            if row[i]:
-                page.paste(crop_square(row[i], side), (x, LINE + j * (side + GAP)))
+        pen.text((GAP + i * (side + GAP), GAP), caption, fill="black")
     return page
 
 

@@ -32,8 +32,8 @@ sys.path[:0] = [str(TOP), str(TOP / "benchmarks")]
 import infer  # noqa: E402
 import variants  # noqa: E402 (beside this file)
 from data import (UserError, crop_square, gray_of, lab_to_gamut, list_pictures, network_to_rgb, open_picture,  # noqa: E402
-                  resize_short_side, run_program, to_batch, to_picture, to_tensor)
-from figures import strip  # noqa: E402 (in benchmarks)
+                  resize_short_side, run_program, to_batch, to_picture)
+from figures import STYLES, strip  # noqa: E402 (in benchmarks)
 from losses import psnr  # noqa: E402
 
 # The runs in experiments.jpg, in codes.png and in grid.png.
@@ -111,13 +111,13 @@ def row(name, folder, photos, paintings):
     model, size = load(folder)
     space, use_style = model.config.space, model.config.use_style
     squares = [crop_square(p, size) for p in photos]
-    truth = torch.stack([to_tensor(p) for p in squares]) / 255                  # (N, 3, S, S)
+    truth = torch.cat([to_batch(p) for p in squares])                           # (N, 3, S, S)
     grays = gray_of(truth).split(1)                                             # N x (1, 1, S, S)
     codes = [infer.encode(model, rgb) if use_style else None for rgb in truth.split(1)]
 
     raw = torch.cat([network_to_rgb(model.colorize(gray, z), gray, space) for gray, z in zip(grays, codes)])
     joined = [infer.join(p, infer.predict(model, gray, z)) for p, gray, z in zip(squares, grays, codes)]
-    joined = torch.stack([to_tensor(p) for p in joined]) / 255
+    joined = torch.cat([to_batch(p) for p in joined])
     transfer = spread = alive = heard = "-"
     if use_style:
         deviation = torch.cat([infer.encode(model, resize_short_side(p, size)) for p in paintings]).std(0, correction=0)
@@ -139,13 +139,12 @@ def small(model, size, photo, style):
 def draw_pictures(runs, folder):
     """experiments.jpg, codes.png and grid.png; runs: {name: folder}. What these runs do not give is not written."""
     examples = {p.stem: open_picture(p) for p in list_pictures(TOP / "examples")}
-    styles = ["style", "garden", "harvest", "checks"]
 
     # experiments.jpg: a row a run; two photos, each in its own colors and in those of four styles.
     shown = [name for name in PICTURED if name in runs]
     cell, left = 68, 130
     page = Image.new("RGB", (left + 10 * cell, cell * (len(shown) + 1)), "white")
-    pairs = [(photo, style) for photo in ("chelsea", "rocket") for style in [photo] + styles]
+    pairs = [(photo, style) for photo in ("chelsea", "rocket") for style in [photo] + STYLES]
     for x, (photo, style) in enumerate(pairs):
         if photo != style:
             page.paste(crop_square(examples[style], 64), (left + x * cell, 2))
@@ -164,8 +163,8 @@ def draw_pictures(runs, folder):
         model, size = load(runs[name])
         if not model.config.use_style:
             raise UserError("has no codes to draw", runs[name])
-        z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in styles])
-        codes.append(infer.histograms(z, [f"{name}: {s}" for s in styles]))
+        z = torch.cat([infer.encode(model, resize_short_side(examples[s], size)) for s in STYLES])
+        codes.append(infer.histograms(z, [f"{name}: {s}" for s in STYLES]))
     for name in [name for name in CLOSEUPS if name in runs]:
         sky = small(*load(runs[name]), examples["rocket"], examples["rocket"]).crop((4, 4, 36, 36))
         sky = ImageOps.autocontrast(sky, cutoff=2).resize((256, 256), Image.Resampling.NEAREST)

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import infer  # noqa: E402
 from data import (UserError, crop_square, gray_of, list_pictures, open_picture, rgb_to_network,  # noqa: E402
-                  run_program, to_tensor)
+                  run_program, to_batch)
 from losses import code_of_result  # noqa: E402
 
 
@@ -36,10 +36,10 @@ def main():
     model, size = infer.load_model(args.checkpoint)
     if not model.config.use_style:
         raise UserError("this network follows no style", args.checkpoint)
-    photos = [to_tensor(crop_square(open_picture(p), size)) for p in list_pictures(args.photos)[:100]]
+    photos = [to_batch(crop_square(open_picture(p), size)) for p in list_pictures(args.photos)[:100]]
     if not photos:
         raise UserError("no pictures here", args.photos)
-    rgb = torch.stack(photos) / 255                                             # (N, 3, size, size)
+    rgb = torch.cat(photos)                                                     # (N, 3, size, size)
     for name, style in (("its own style", rgb), ("the style of another photo", rgb.roll(1, 0))):
         found = slopes(model, rgb, style)
         print(f"{name}: {(found < 0).sum()} of {len(found)} numbers grow, {(found > 0).sum()} shrink")
