@@ -476,6 +476,8 @@ def imagenette(folder="data", url=IMAGENETTE, sha256=IMAGENETTE_SHA256):
             shutil.unpack_archive(archive, scratch, filter="data")  # nothing can land, or link, outside of it
             os.replace(Path(scratch, target.name), target)
     except Exception as error:  # broken bytes make tarfile and zlib raise many kinds
+        if os.path.isdir(target):  # another program was faster
+            return target
         raise UserError(f"unpacking failed ({first_line(error)}); delete it and run again", archive) from None
     return target
 
@@ -537,6 +539,8 @@ def save_atomically(path, write):
     try:
         os.makedirs(path.parent, exist_ok=True)
         write(part)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # onto the disk before it gets its name: a power cut may come
         os.replace(part, path)
     except (OSError, RuntimeError, ValueError, SystemError) as error:  # Pillow's encoders raise any of these
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -567,7 +571,8 @@ def run_program(main):
         where = printable(error.filename or "output")
         code = 1 if isinstance(error, BrokenPipeError) else f"{where}: {first_line(error)}"
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        texts = "out of memory", "enough memory", "allocate"  # torch's, of its many kinds
+        if isinstance(error, RuntimeError) and not any(text in str(error).lower() for text in texts):
             raise
         code = ("the memory is full: a smaller --size or picture needs less; in training, halve --batch-size "
                 "and double --accumulate, add --amp, or take --lpips-net alex")

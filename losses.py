@@ -84,7 +84,8 @@ class LPIPS(nn.Module):
     """Learned perceptual distance of two batches of pictures, both RGB (B, 3, H, W) in [0, 1] -> (B,).
 
     `target` gets no gradient and keeps no graph. Always computed in float32, also under autocast: half
-    precision rounds away the small differences that this distance is made of.
+    precision rounds away the small differences that this distance is made of. (Convolutions on an RTX 30 or
+    newer round their input to 10 bits, as torch lets them: to TF32.)
     """
 
     def __init__(self, net, trunk):

@@ -203,8 +203,9 @@ class Recipe:
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
         # Pictures travel as bytes, a quarter of the size of floats. non_blocking: the copy to a GPU need not
-        # wait until Adam's last step is done.
-        photo, style = (t.to(self.device, non_blocking=True) for t in batch)    # (B, 3, S, S)
+        # wait until Adam's last step is done. (Not on MPS: there it may read memory that is free again by then.)
+        cuda = self.device.type == "cuda"
+        photo, style = (t.to(self.device, non_blocking=cuda) for t in batch)    # (B, 3, S, S)
         rgb = photo.float() / 255
         return gray_of(rgb), rgb, rgb if self.s.style_from == "same" else style.float() / 255
 
@@ -397,6 +398,9 @@ def train(preset, given, resume, dry_run):
     print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training"
           f" and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress() >= 1:
+        if not processes.rank:  # a run that was killed in its last report lacks a row in log.csv
+            run.lock()
+            run.write_log()
         name = "minutes" if run.seconds >= 60 * s.minutes > 0 else "steps" if s.steps else "epochs"
         print(f"nothing to do: this run has had its {run.step} steps in {run.seconds / 60:.1f} minutes; give "
               f"it more with --{name} (now {getattr(s, name):g})")
@@ -435,7 +439,8 @@ def loop(run, model, recipe, optimizers, loader, val_loader, processes, stop):
         batches = [recipe.prepare(next(loader)) for _ in range(s.accumulate)]   # gray, rgb, style each
 
         # Learn. Every batch of every process has a number, the same as in batch_order. Its seed: --seed above
-        # the lowest 32 bits, this number in them.
+        # the lowest 32 bits, this number in them. (The CPU's generator takes these 32 alone: there the n-th
+        # batch has the same dropout under every --seed.)
         lr = learning_rate(s, run.step, progress)
         first = (s.seed << 32) + run.step * passes + processes.rank
         seeds = range(first, first + passes, processes.world)
@@ -549,10 +554,12 @@ class Run:
         self.found, self.kept = self.last_saved(), 0
         # Any of these files means that a run was here, even if last.pt is lost: to start anew would overwrite
         # best.pt.
-        if not dry_run and any((self.folder / name).exists() for name in ("last.pt", "best.pt", "log.csv")):
+        there = [name for name in ("last.pt", "best.pt", "log.csv") if (self.folder / name).exists()]
+        if there and not dry_run:
             if not resume:
                 raise UserError("already holds a run: add --resume, or choose another --output", self.folder)
-            self.saved = load_checkpoint(self.folder / "last.pt")
+            # best.pt alone: killed between its first two checkpoints, which hold the same.
+            self.saved = load_checkpoint(self.folder / ("best.pt" if there == ["best.pt"] else "last.pt"))
         elif resume:
             print(f"{printable(self.folder)}: nothing to resume here; a new run begins", file=sys.stderr)
         # Later ones win: the defaults, then the preset or the settings in last.pt, then the command line. So
@@ -619,8 +626,10 @@ class Run:
             # lockf and not flock: the loaders, copies of this process, do not inherit it and cannot keep it.
             if hasattr(os, "lockf"):  # Windows has none, and so no lock
                 os.lockf(self.lock_file.fileno(), os.F_TLOCK, 0)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             raise UserError("another train.py is at work here; use another --output", self.folder) from None
+        except OSError:  # nor have some file systems of clusters
+            pass
         # Another one may have trained here, and ended, while this one read its data.
         if self.last_saved() != self.found:
             raise UserError("another train.py was at work here until now; run again", self.folder)
@@ -736,6 +745,8 @@ class Processes:
             if card >= cards:
                 raise UserError(f"{cards} GPUs for more processes: lower --nproc_per_node")
             torch.cuda.set_device(card)
+        if device.type == "mps":
+            raise UserError("several processes cannot share an Apple GPU; use one, without torchrun")
         # gloo for tensors on the CPU, nccl for those on a GPU. The others wait while the first one validates,
         # for 30 minutes at most: torch's default.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

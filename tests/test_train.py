@@ -1,5 +1,6 @@
 """The training loop as a user meets it: as a command, killed, resumed, misused."""
 import csv
+import errno
 import functools
 import math
 import os
@@ -184,6 +185,63 @@ def test_a_run_that_ended_before_its_first_checkpoint_can_be_started_again(tmp_p
     with pytest.raises(UserError, match="try a lower --lr .*nothing was saved"):
         go(*TINY, "--steps", 3, "--lr", 2e9, "--output", run)
     assert go(*TINY, "--steps", 1, "--output", run) == 0
+
+
+def test_a_run_killed_between_its_first_two_checkpoints_goes_on(tmp_path, monkeypatch):
+    save = train.Run.save
+
+    def killed(run, name, *arguments):
+        if name == "last.pt":
+            raise SystemExit
+        save(run, name, *arguments)
+    with monkeypatch.context() as once:
+        once.setattr(train.Run, "save", killed)
+        with pytest.raises(SystemExit):
+            go(*TINY, "--steps", 2, "--val-every", 1, "--output", tmp_path / "run")
+    assert not (tmp_path / "run" / "last.pt").exists()
+    go("--steps", 2, "--output", tmp_path / "run", "--resume")
+    go(*TINY, "--steps", 2, "--val-every", 1, "--output", tmp_path / "whole")
+    assert_same(saved(tmp_path / "run")["weights"], saved(tmp_path / "whole")["weights"])
+    assert len(log(tmp_path / "run")) == 2
+
+
+def test_a_run_killed_in_its_last_report_gets_the_last_row_of_its_log(tmp_path, monkeypatch):
+    def killed(*_):
+        raise SystemExit
+    with monkeypatch.context() as once:
+        once.setattr(train, "sample", killed)
+        with pytest.raises(SystemExit):
+            go(*TINY, "--steps", 1, "--output", tmp_path)
+    assert saved(tmp_path)["step"] == 1 and not (tmp_path / "log.csv").exists()
+    go("--output", tmp_path, "--resume")
+    assert [row["step"] for row in log(tmp_path)] == ["1"] and (tmp_path / "loss.png").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "lockf"), reason="this system has no locks")
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(os, "lockf", refuse)
+    assert go(*TINY, "--steps", 1, "--output", tmp_path) == 0
+
+
+def test_on_mps_no_batch_is_copied_while_its_memory_may_become_free():
+    """A copy that does not wait is for CUDA, whose pinned memory is kept until it is done."""
+    class Batch:
+        def to(self, device, non_blocking):
+            copies.append((device.type, non_blocking))
+            return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    copies, recipe = [], train.Recipe(train.Settings(lpips=0.), torch.device("cpu"))
+    for kind in ("mps", "cuda", "cpu"):
+        recipe.device = torch.device(kind)
+        recipe.prepare((Batch(), Batch()))
+    assert copies == [("mps", False)] * 2 + [("cuda", True)] * 2 + [("cpu", False)] * 2
+
+
+def test_several_processes_on_an_apple_gpu_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(UserError, match="Apple GPU"):
+        train.Processes(torch.device("mps"))
 
 
 def test_init_is_for_new_runs(tmp_path, capsys):

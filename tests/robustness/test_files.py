@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import socket
 import stat
 import struct
@@ -327,6 +328,19 @@ def test_a_folder_without_permission_gives_one_line(open_folder, mode):
     assert "x.png" in text and "ermission" in text and "free some space" not in text
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Or a power cut may leave an empty one."""
+    synced, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+
+    def move(part, path):
+        assert synced == [os.stat(part).st_ino]
+        replace(part, path)
+    monkeypatch.setattr(os, "replace", move)
+    data.save_atomically(tmp_path / "x.txt", lambda part: part.write_text("new"))
+    assert (tmp_path / "x.txt").read_text() == "new"
+
+
 def test_a_second_writer_in_the_middle_of_the_first_tears_nothing(tmp_path):
     path = tmp_path / "x.txt"
 
@@ -586,6 +600,18 @@ def test_an_archive_that_was_not_yet_unpacked_is_used(tmp_path, server):
     assert contents(fetch(server, tmp_path)) == MEMBERS and server.asked == 0
 
 
+def test_another_program_that_unpacks_at_the_same_time_does_no_harm(tmp_path, server, monkeypatch):
+    unpack = shutil.unpack_archive
+
+    def both(archive, scratch, **options):
+        unpack(archive, scratch, **options)
+        unpack(archive, tmp_path, **options)
+    monkeypatch.setattr(shutil, "unpack_archive", both)
+    server.body = tgz()
+    assert contents(fetch(server, tmp_path)) == MEMBERS
+    assert sorted(os.listdir(tmp_path)) == ["imagenette2-160", ARCHIVE]
+
+
 def test_an_archive_that_cannot_be_unpacked_gives_one_line_that_says_to_delete_it(tmp_path, server):
     for broken in (tgz()[:200], b"no archive", b"", tgz().replace(tgz()[60:90], bytes(30))):
         (tmp_path / ARCHIVE).write_bytes(broken)
@@ -669,7 +695,8 @@ def fail(error):
     (lambda: 0, 0, ""), (lambda: 1, 1, ""), (lambda: None, None, ""), (lambda: fail(KeyboardInterrupt()), 130, ""),
     (lambda: fail(UserError("no such thing")), 1, "no such thing"), (lambda: fail(MemoryError()), 1, "memory"),
     (lambda: fail(RuntimeError("not enough memory: you tried to allocate")), 1, "memory"),
-    (lambda: open("/no/such/file"), 1, "/no/such/file")], ids=range(8))
+    (lambda: fail(torch.OutOfMemoryError("CUDA out of memory.")), 1, "memory"),
+    (lambda: open("/no/such/file"), 1, "/no/such/file")], ids=range(9))
 def test_what_a_person_or_the_machine_did_wrong_becomes_one_line(main, code, text):
     with pytest.raises(SystemExit) as end:
         data.run_program(main)
@@ -679,9 +706,10 @@ def test_what_a_person_or_the_machine_did_wrong_becomes_one_line(main, code, tex
         assert end.value.code == code
 
 
-def test_a_bug_is_not_hidden():
-    with pytest.raises(RuntimeError, match="a bug"):
-        data.run_program(lambda: fail(RuntimeError("a bug")))
+@pytest.mark.parametrize("text", ["a bug", "CUDA error: an illegal memory access was encountered"])
+def test_a_bug_is_not_hidden(text):
+    with pytest.raises(RuntimeError, match=text):
+        data.run_program(lambda: fail(RuntimeError(text)))
 
 
 def test_a_name_that_the_terminal_cannot_print_is_printed_escaped(monkeypatch):
