@@ -203,7 +203,7 @@ class Recipe:
     def prepare(self, batch):
         """uint8 crops from the loader -> gray (B, 1, S, S), rgb and style (B, 3, S, S), all in [0, 1]."""
         # Pictures travel as bytes, a quarter of the size of floats. non_blocking: the copy to a GPU need not
-        # wait until Adam's last step is done. (Not on MPS: there it may read memory that is free again by then.)
+        # wait until Adam's last step is done. (Not on MPS, which may read memory that is free by then.)
         cuda = self.device.type == "cuda"
         photo, style = (t.to(self.device, non_blocking=cuda) for t in batch)    # (B, 3, S, S)
         rgb = photo.float() / 255
