@@ -501,8 +501,11 @@ def report(run, model, recipe, optimizers, val_loader, processes, validating):
         model.eval()
         page = sample(model, val_loader.dataset, run.s)
         model.train()
-        save_atomically(run.folder / f"samples/{run.step:07d}.png", page.save)
-        run.write_log()  # last, as it prints: that fails when the terminal has been closed
+        try:
+            save_atomically(run.folder / f"samples/{run.step:07d}.png", page.save)
+            run.write_log()  # last, as it prints: that fails when the terminal has been closed
+        except UserError as error:  # on Windows a spreadsheet that shows log.csv keeps it from being replaced
+            print(error, file=sys.stderr)
     if processes.world > 1:
         dist.barrier()  # the others wait here, and read their clocks after it
     run.kept = run.step

@@ -238,6 +238,20 @@ def test_on_mps_no_batch_is_copied_while_its_memory_may_become_free():
     assert copies == [("mps", False)] * 2 + [("cuda", True)] * 2 + [("cpu", False)] * 2
 
 
+def test_a_log_that_cannot_be_replaced_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """As on Windows while a spreadsheet shows it. The next report writes all rows."""
+    save = train.save_atomically
+
+    def refuse(path, write):
+        if path.name == "log.csv" and not (tmp_path / "samples" / "0000002.png").exists():
+            raise UserError("cannot be written", path)
+        save(path, write)
+    monkeypatch.setattr(train, "save_atomically", refuse)
+    assert go(*TINY, "--steps", 2, "--val-every", 1, "--output", tmp_path) == 0
+    assert capsys.readouterr().err.splitlines() == [f"{tmp_path / 'log.csv'}: cannot be written"]
+    assert [row["step"] for row in log(tmp_path)] == ["1", "2"] and saved(tmp_path)["step"] == 2
+
+
 def test_several_processes_on_an_apple_gpu_are_refused(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(UserError, match="Apple GPU"):
