@@ -398,7 +398,7 @@ def train(preset, given, resume, dry_run):
     print(f"{run.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(training)} training"
           f" and {len(validation)} validation pictures, {device}, from step {run.step}")
     if run.progress() >= 1:
-        if not processes.rank:  # a run that was killed in its last report lacks a row in log.csv
+        if not processes.rank and run.found:  # killed in its last report, a run lacks a row in log.csv
             run.lock()
             run.write_log()
         name = "minutes" if run.seconds >= 60 * s.minutes > 0 else "steps" if s.steps else "epochs"
@@ -501,11 +501,8 @@ def report(run, model, recipe, optimizers, val_loader, processes, validating):
         model.eval()
         page = sample(model, val_loader.dataset, run.s)
         model.train()
-        try:
-            save_atomically(run.folder / f"samples/{run.step:07d}.png", page.save)
-            run.write_log()  # last, as it prints: that fails when the terminal has been closed
-        except UserError as error:  # on Windows a spreadsheet that shows log.csv keeps it from being replaced
-            print(error, file=sys.stderr)
+        save_atomically(run.folder / f"samples/{run.step:07d}.png", page.save)
+        run.write_log()  # last, as it prints: that fails when the terminal has been closed
     if processes.world > 1:
         dist.barrier()  # the others wait here, and read their clocks after it
     run.kept = run.step
@@ -541,7 +538,7 @@ class Run:
     best             the lowest validation loss so far
     rows             those of log.csv, as dictionaries
     history          what its settings were before they were changed
-    saved            the checkpoint that it goes on from, or None
+    saved, source    the checkpoint that it goes on from, and its file; None for a new run
     recent           losses of the steps since the last row
     printed          when the last line was printed, and at which step
     found            when the last.pt in its folder was written, as it was found at the start
@@ -553,7 +550,7 @@ class Run:
         # preset and given: as parse() found them on the command line.
         self.folder = Path(given.get("output") or f"runs/{preset or 'final'}", "dry-run" if dry_run else "")
         self.preset, self.step, self.seconds, self.best = preset or "final", 0, 0., math.inf
-        self.rows, self.history, self.recent, self.saved = [], [], [], None
+        self.rows, self.history, self.recent, self.saved, self.source = [], [], [], None, None
         self.found, self.kept = self.last_saved(), 0
         # Any of these files means that a run was here, even if last.pt is lost: to start anew would overwrite
         # best.pt.
@@ -562,7 +559,8 @@ class Run:
             if not resume:
                 raise UserError("already holds a run: add --resume, or choose another --output", self.folder)
             # best.pt alone: killed between its first two checkpoints, which hold the same.
-            self.saved = load_checkpoint(self.folder / ("best.pt" if there == ["best.pt"] else "last.pt"))
+            self.source = self.folder / ("best.pt" if there == ["best.pt"] else "last.pt")
+            self.saved = load_checkpoint(self.source)
         elif resume:
             print(f"{printable(self.folder)}: nothing to resume here; a new run begins", file=sys.stderr)
         # Later ones win: the defaults, then the preset or the settings in last.pt, then the command line. So
@@ -582,8 +580,8 @@ class Run:
         return last.stat().st_mtime_ns if last.exists() else None
 
     def restore(self, preset, optimizers):
-        """Go back to where last.pt ends. Raises UserError for no run of ours or another preset."""
-        saved, last = self.saved, self.folder / "last.pt"
+        """Go back to where the checkpoint ends. Raises UserError for no run of ours or another preset."""
+        saved, last = self.saved, self.source
         try:
             # The network and the settings have been checked (load_checkpoint, __init__); here is the rest. An
             # assert that fails means a damaged file; `except` turns it into one line.
@@ -695,7 +693,10 @@ class Run:
         table = csv.DictWriter(text, dict.fromkeys(name for row in self.rows for name in row))
         table.writeheader()
         table.writerows(self.rows)
-        save_atomically(self.folder / "log.csv", lambda part: part.write_bytes(text.getvalue().encode()))
+        try:
+            save_atomically(self.folder / "log.csv", lambda part: part.write_bytes(text.getvalue().encode()))
+        except UserError as error:  # on Windows a spreadsheet that shows it keeps it from being replaced
+            print(error, file=sys.stderr)
         colors = dict(train_loss="steelblue", val_loss="darkorange", color_loss="green", style_loss="red")
         save_atomically(self.folder / "loss.png", draw_curves(self.rows, colors).save)
         numbers = "  ".join(f"{k} {v:.4f}" for k, v in self.rows[-1].items() if "loss" in k or "val_" in k)
@@ -812,7 +813,8 @@ class Loader(DataLoader):
     """A DataLoader whose processes ignore signals from their first moment on.
 
     ignore_signals alone comes late: torch first lets SIGTERM end the process, and the run would end with it.
-    A process inherits which signals are blocked, so they are blocked while the processes start.
+    A process inherits which signals are blocked, so they are blocked while the processes start. (Where it is
+    not forked, as on macOS, Python unblocks them once; there --workers is 0 unless it is given.)
     """
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows, where no SIGTERM goes to a group

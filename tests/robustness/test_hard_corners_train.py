@@ -236,9 +236,11 @@ def test_a_signal_to_the_group_while_the_loaders_start_ends_in_order(tmp_path):
 @POSIX
 def test_a_loader_that_gets_a_signal_while_it_starts_lives_on():
     """As soon as torch has prepared the process for SIGTERM, and before it ignores it."""
-    loader = train.Loader([1, 2, 3], num_workers=1, worker_init_fn=lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loader = train.Loader([1, 2, 3], num_workers=1, multiprocessing_context="fork",
+                          worker_init_fn=lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert torch.cat(list(loader)).tolist() == [1, 2, 3]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()                       # the main process hears them again
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before                      # the main process hears them again
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -468,6 +470,13 @@ def test_an_altered_checkpoint_is_not_resumed_and_told_in_one_line(tmp_path, cap
         return
     assert code == 1 and len(lines) == 1 and str(run) in lines[0] and "SECRET" not in text, text
     assert (run / "last.pt").read_bytes() == before and not (run / "best.pt").exists()
+
+
+def test_settings_that_do_not_go_with_those_of_the_run_are_one_line(tmp_path, capsys, finished):
+    """Each of both is fine, together they are not: the run has no style encoder, and now it shall have a style loss."""
+    torch.save(finished, tmp_path / "last.pt")
+    code, text = outcome("--resume", "--steps", 3, "--output", tmp_path, "--style-loss", "dual", program=train, capsys=capsys)
+    assert code == 1 and "cannot go on" in message(text) and "style encoder" in text
 
 
 def test_a_changed_weight_decay_is_the_one_that_counts_after_a_resume(tmp_path):
