@@ -581,7 +581,7 @@ class Run:
 
     def restore(self, preset, optimizers):
         """Go back to where the checkpoint ends. Raises UserError for no run of ours or another preset."""
-        saved, last = self.saved, self.source
+        saved = self.saved
         try:
             # The network and the settings have been checked (load_checkpoint, __init__); here is the rest. An
             # assert that fails means a damaged file; `except` turns it into one line.
@@ -601,9 +601,11 @@ class Run:
                     assert {k: v.shape for k, v in of_p.items()} == shapes
                     assert all(v.layout == torch.strided and v.isfinite().all() for v in of_p.values())
         except Exception:  # a file may hold anything
-            raise UserError("no run of ours, or damaged; use it as the --init of a new run", last) from None
+            raise UserError("no run of ours, or damaged; use it as the --init of a new run",
+                            self.source) from None
         if preset not in (None, self.preset):
-            raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output", last)
+            raise UserError(f"a run of --preset {self.preset}, not {preset}; choose another --output",
+                            self.source)
         old, new = saved["settings"], vars(self.s)
         if new["init"] not in ("", old.get("init", "")):
             raise UserError("has begun already; --init is for a new run, in another --output", self.folder)
